@@ -1,0 +1,657 @@
+"""Dropout without a stored mask: backward draws the forward's mask again from (seed, stream).
+
+Definition, for element ``i`` in C order and its word of :mod:`xpoptim.random`:
+
+    keep_i = word_i >= round(ratio * 2**32)
+    train:   y = where(keep, x * scale, +0)     scale = 1            or 1 / (1 - ratio) if inverted
+    test:    y = x * scale                      scale = 1 - ratio    or 1               if inverted
+
+The scale is computed in float64 and rounded once to the compute dtype: float32 for 16-bit types, else x's own real
+dtype. The product is rounded once to x's dtype.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import math
+import numbers
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from . import random
+
+__all__ = ["Dropout", "dropout"]
+
+COMPUTE_DTYPE = {
+    "float16": "float32",
+    "bfloat16": "float32",
+    "float32": "float32",
+    "float64": "float64",
+    "complex64": "float32",
+    "complex128": "float64",
+}
+
+# Elements handled at once, so that temporaries stay in the cache whatever the size of x.
+PIECE = 1 << 16
+
+
+# --- The definition --------------------------------------------------------------------------------------------------
+
+
+class _Settings(NamedTuple):
+    """What, beside seed and stream, decides the output."""
+
+    ratio: float
+    inverted: bool
+    axes: tuple[int, ...]
+
+    def train_scale(self) -> float:
+        # Ratio 1 drops everything: no scale is needed, and 1 / 0 must not be computed.
+        return 1 / (1 - self.ratio) if self.inverted and self.ratio < 1 else 1.0
+
+    def test_scale(self) -> float:
+        return 1.0 if self.inverted else 1 - self.ratio
+
+
+def _train(leaf: _Leaf, settings: _Settings, seed: int, stream: int) -> Any:
+    keep = _keep(leaf.xp, leaf.device, leaf.x.shape, settings, seed, stream)
+    return _scale_and_drop(leaf, keep, settings.train_scale())
+
+
+def _keep(xp: Any, device: Any, shape: tuple[int, ...], settings: _Settings, seed: int, stream: int) -> Any:
+    """The mask, True = kept. Along the shared axes it is drawn once, as if x had length 1 there."""
+    shared = _normalised(settings.axes, shape)
+    drawn = tuple(1 if axis in shared else n for axis, n in enumerate(shape))
+    keep = random.keep_mask(seed, stream, drawn, settings.ratio, xp=xp, device=device)
+    return xp.broadcast_to(keep, shape) if shared else keep
+
+
+def _dropped(xp: Any, x: Any, keep: Any, scale: Any) -> Any:
+    """``where(keep, x * scale, +0)`` of a real ``x``, in its dtype; None stands for a mask, or a scale, of ones."""
+    if scale is not None:
+        x = xp.astype(xp.astype(x, scale.dtype, copy=False) * scale, x.dtype, copy=False)
+    return x if keep is None else xp.where(keep, x, xp.zeros_like(x[(0,) * x.ndim]))
+
+
+# --- The public form -------------------------------------------------------------------------------------------------
+
+
+def dropout(x: Any, ratio: float, *, seed: int, stream: int, inverted: bool = False) -> Any:
+    """Dropout in training, as a pure function: ``where(keep, x * scale, +0)``.
+
+    Element ``i`` of ``x``, in C order, is dropped if word ``i`` of ``(seed, stream)`` is below
+    ``round(ratio * 2**32)``. The map is linear in ``x``, so its gradient is the same call on the upstream gradient.
+
+    Parameters
+    ----------
+    x : array
+        Of any Array API namespace; float16, bfloat16, float32, float64, complex64 or complex128; any shape.
+    ratio : float
+        The share of elements to drop, in [0, 1].
+    seed : int
+        In [0, 2**64).
+    stream : int
+        In [0, 2**63). :class:`Dropout` uses ``layer << 32 | call``.
+    inverted : bool, optional
+        Scale the kept elements by ``1 / (1 - ratio)``; otherwise they keep their values.
+
+    Returns
+    -------
+    array
+        New, of the shape and dtype of ``x``.
+
+    See Also
+    --------
+    xpoptim.random.words : the words themselves.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import xpoptim as xo
+    >>> xo.dropout(np.arange(1.0, 9.0), 0.5, seed=1, stream=0)
+    array([1., 0., 3., 4., 5., 0., 7., 8.])
+    """
+    settings = _Settings(_checked_ratio("ratio", ratio), _checked_bool("inverted", inverted), ())
+    seed = random.checked_int("seed", seed, 2**64)
+    stream = random.checked_int("stream", stream, 2**63)
+    leaf = _leaf("x", x, None)
+    return leaf.result(_train(leaf, settings, seed, stream))
+
+
+class Dropout:
+    """Zero a random share of the elements in training; store no mask.
+
+    ::
+
+        forward, training:  y = where(keep, x * scale, +0)    scale = 1, or 1 / (1 - dropout_ratio) if inverted
+        forward, test:      y = x * (1 - dropout_ratio), or x if inverted
+        backward:           dx = where(keep, dout * scale, +0)
+
+    ``keep`` depends on the seed, the layer, the call and the shape alone: element ``i`` in C order is dropped if
+    word ``i`` of the stream ``layer << 32 | call`` (see :func:`xpoptim.random.words`) is below
+    ``round(dropout_ratio * 2**32)``. The mask is the same on every backend, and a dropped inf or NaN becomes 0.
+
+    Parameters
+    ----------
+    dropout_ratio : float
+        The share of elements to drop, in [0, 1]. 0 returns the values of x, 1 gives zeros. May be reassigned.
+    inverted : bool
+        Scale in training, so that a test forward returns x. May be reassigned.
+    seed : int, optional
+        In [0, 2**64). Left out: that of :func:`xpoptim.random.seed`, if it was called, else one drawn from the
+        operating system, which ``repr`` shows.
+    layer : int, optional
+        In [0, 2**31): gives layers of one seed masks of their own. Left out: the next free number, if the seed is
+        that of :func:`xpoptim.random.seed`, else 0. Two layers of one explicit seed thus need a ``layer`` each.
+    broadcast_axes : int or tuple of int
+        Axes that share the mask (spatial dropout: ``(2, 3)`` drops whole channels of an N, C, H, W array). The
+        element index runs over the shape that has length 1 there. Negative axes count from the end. May be
+        reassigned.
+
+    Attributes
+    ----------
+    call : int
+        The number of training forwards so far, which is the number of the latest: the first is call 1. A forward
+        of ratio 0 counts; a test forward does not.
+    mask : array of bool
+        The mask of the latest training forward, True = kept, drawn anew on each access, in the namespace of that
+        forward's x.
+
+    Notes
+    -----
+    Each array may be of any Array API namespace and layout, of float16, bfloat16, float32, float64, complex64 or
+    complex128, or a Python or NumPy scalar. A complex element is kept or dropped as a whole. Between forward and
+    backward the layer holds a few numbers, never an array.
+
+    Source: N. Srivastava et al., "Dropout: a simple way to prevent neural networks from overfitting", JMLR 15
+    (2014). The default, which scales at test time, is the paper's and that of K. Saito's *Deep Learning from
+    Scratch*; torch, Keras and Chainer use the inverted form. Theirs multiply by the mask, so that a dropped inf or
+    NaN stays NaN.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import xpoptim as xo
+    >>> drop = xo.Dropout(0.5, seed=1)
+    >>> x = np.arange(1.0, 9.0)
+    >>> drop.forward(x)
+    array([1., 2., 0., 0., 5., 0., 7., 0.])
+    >>> drop.backward(np.ones(8))
+    array([1., 1., 0., 0., 1., 0., 1., 0.])
+    >>> drop.forward(x, train_flg=False)
+    array([0.5, 1. , 1.5, 2. , 2.5, 3. , 3.5, 4. ])
+    """
+
+    def __init__(
+        self,
+        dropout_ratio: float = 0.5,
+        *,
+        inverted: bool = False,
+        seed: int | None = None,
+        layer: int | None = None,
+        broadcast_axes: int | tuple[int, ...] = (),
+    ) -> None:
+        self._settings = _Settings(
+            _checked_ratio("dropout_ratio", dropout_ratio),
+            _checked_bool("inverted", inverted),
+            _checked_axes("broadcast_axes", broadcast_axes),
+        )
+        if layer is not None:
+            layer = random.checked_int("layer", layer, random.MAX_LAYERS)
+        if seed is not None:
+            seed = random.checked_int("seed", seed, 2**64)
+            self._seed, self._layer = seed, layer or 0
+        else:
+            self._seed, self._layer = random.claim_layer(layer)
+        self._call = 0
+        self._latest: _Latest | None = None
+        self._namespace = "array_api_compat.numpy"
+        self._device: Any = None
+
+    def forward(self, x: Any, train_flg: bool = True, out: Any = None) -> Any:
+        """Dropout of ``x``; in training with the next call's mask.
+
+        Parameters
+        ----------
+        x : array or scalar
+        train_flg : bool, optional
+            False scales for test, draws nothing and changes nothing.
+        out : array, optional
+            Written and returned: of the shape, dtype, namespace and device of x. It may be x itself, or overlap it.
+
+        Raises
+        ------
+        TypeError
+            If x is no array of a supported dtype, or ``out`` is immutable or differs in dtype or namespace.
+        ValueError
+            If ``out`` has another shape, is read-only, or an axis of ``broadcast_axes`` is none of x's.
+        """
+        train = _checked_bool("train_flg", train_flg)
+        leaf = _leaf("x", x, out)
+        if not train:
+            return leaf.result(_scale_and_drop(leaf, None, self._settings.test_scale()))
+        call = self._call + 1
+        y = _train(leaf, self._settings, self._seed, self._stream(call))
+        self._latest = _Latest.after(self._latest, call, leaf.x.shape, self._settings)
+        self._call = call
+        self._namespace, self._device = leaf.xp.__name__, leaf.device
+        return leaf.result(y)
+
+    def backward(self, dout: Any, call: int | None = None, out: Any = None) -> Any:
+        """The gradient of a training forward: ``where(keep, dout * scale, +0)`` with that forward's mask.
+
+        Parameters
+        ----------
+        dout : array or scalar
+            Of the shape of that forward's x.
+        call : int, optional
+            Which forward: its ``drop.call``. The latest when left out.
+        out : array, optional
+            As for :meth:`forward`.
+
+        Raises
+        ------
+        RuntimeError
+            Before the first training forward.
+        ValueError
+            If ``dout`` has not the shape that x had. The shape of an earlier call is known if no forward since had
+            another; otherwise that of ``dout`` is trusted. If ratio, ``inverted`` or ``broadcast_axes`` were
+            changed after ``call``.
+        """
+        latest = self._known_latest("backward")
+        call = self._call if call is None else random.checked_int("call", call, 2**32)
+        if not 1 <= call <= self._call:
+            raise ValueError(f"call must be from 1 to {self._call} (the latest training forward), not {call}")
+        leaf = _leaf("dout", dout, out)
+        latest.check(call, leaf.x.shape)
+        return leaf.result(_train(leaf, latest.settings, self._seed, self._stream(call)))
+
+    @property
+    def mask(self) -> Any:
+        latest = self._known_latest("mask")
+        xp = importlib.import_module(self._namespace)
+        keep = _keep(xp, self._device, latest.shape, latest.settings, self._seed, self._stream(self._call))
+        return xp.asarray(keep, copy=True) if latest.settings.axes else keep
+
+    def state_dict(self) -> dict[str, Any]:
+        """The layer as plain data (numbers, strings, lists): enough to go on with its exact sequence of masks."""
+        return {
+            "class": type(self).__name__,
+            **_settings_dict(self._settings),
+            "seed": self._seed,
+            "layer": self._layer,
+            "call": self._call,
+            "latest": None if self._latest is None else self._latest.as_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where :meth:`state_dict` was taken: the next forward draws the mask that it would have drawn.
+
+        Seed, layer and call are restored, and also ratio, ``inverted`` and ``broadcast_axes``, since the masks
+        depend on them. What does not fit raises TypeError or ValueError and changes nothing.
+        """
+        name = type(self).__name__
+        state = _checked_keys("state", state, self.state_dict())
+        if state["class"] != name:
+            raise ValueError(
+                f"state['class'] is {state['class']!r}: this is the state of another class than {name}"
+            )
+        settings = _settings_from("state", state)
+        seed = random.checked_int("state['seed']", state["seed"], 2**64)
+        layer = random.checked_int("state['layer']", state["layer"], random.MAX_LAYERS)
+        call = random.checked_int("state['call']", state["call"], 2**32)
+        latest = (
+            None if state["latest"] is None else _Latest.from_dict("state['latest']", state["latest"], call)
+        )
+        self._settings, self._seed, self._layer = settings, seed, layer
+        self._call, self._latest = call, latest
+
+    @property
+    def dropout_ratio(self) -> float:
+        return self._settings.ratio
+
+    @dropout_ratio.setter
+    def dropout_ratio(self, value: float) -> None:
+        self._settings = self._settings._replace(ratio=_checked_ratio("dropout_ratio", value))
+
+    @property
+    def inverted(self) -> bool:
+        return self._settings.inverted
+
+    @inverted.setter
+    def inverted(self, value: bool) -> None:
+        self._settings = self._settings._replace(inverted=_checked_bool("inverted", value))
+
+    @property
+    def broadcast_axes(self) -> tuple[int, ...]:
+        return self._settings.axes
+
+    @broadcast_axes.setter
+    def broadcast_axes(self, value: int | tuple[int, ...]) -> None:
+        self._settings = self._settings._replace(axes=_checked_axes("broadcast_axes", value))
+
+    @property
+    def seed(self) -> int:
+        return self._seed
+
+    @property
+    def layer(self) -> int:
+        return self._layer
+
+    @property
+    def call(self) -> int:
+        return self._call
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        settable = ("dropout_ratio", "inverted", "broadcast_axes")
+        if name not in settable and not name.startswith("_"):
+            raise AttributeError(f"{type(self).__name__}.{name} cannot be set; {', '.join(settable)} can")
+        super().__setattr__(name, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A device need not pickle, nor exist where the copy is read: the copy's mask goes to the default device.
+        return {**self.__dict__, "_device": None}
+
+    def __repr__(self) -> str:
+        inverted = ", inverted=True" if self.inverted else ""
+        axes = f", broadcast_axes={self.broadcast_axes}" if self.broadcast_axes else ""
+        name = type(self).__name__
+        return f"{name}({self.dropout_ratio}{inverted}, seed={self._seed}, layer={self._layer}{axes})"
+
+    def _stream(self, call: int) -> int:
+        if call >= 2**32:
+            raise OverflowError(
+                "this layer has drawn its 2**32 - 1 masks: go on with a layer of another seed or number"
+            )
+        return self._layer << 32 | call
+
+    def _known_latest(self, what: str) -> _Latest:
+        if self._latest is None:
+            raise RuntimeError(
+                f"{what} needs a mask: call forward(x) in training mode (train_flg=True) first"
+            )
+        return self._latest
+
+
+# --- What is kept from forward to backward ---------------------------------------------------------------------------
+
+
+class _Latest(NamedTuple):
+    """The latest training forward, and since which call its shape and its settings have been the same.
+
+    This is all that a layer remembers; it does not grow with the number of forwards.
+    """
+
+    shape: tuple[int, ...]
+    shape_since: int
+    settings: _Settings
+    settings_since: int
+
+    @classmethod
+    def after(
+        cls, previous: _Latest | None, call: int, shape: tuple[int, ...], settings: _Settings
+    ) -> _Latest:
+        shape = tuple(shape)
+        same_shape = previous is not None and previous.shape == shape
+        same_settings = previous is not None and previous.settings == settings
+        return cls(
+            shape,
+            previous.shape_since if previous is not None and same_shape else call,
+            settings,
+            previous.settings_since if previous is not None and same_settings else call,
+        )
+
+    def check(self, call: int, shape: tuple[int, ...]) -> None:
+        if call < self.settings_since:
+            raise ValueError(
+                f"dropout_ratio, inverted or broadcast_axes were changed after call {call}, so that its mask is no longer "
+                f"known: run the backward of a call before the forward that follows such a change "
+                f"(here call {self.settings_since})"
+            )
+        if call >= self.shape_since and tuple(shape) != self.shape:
+            raise ValueError(
+                f"dout has shape {tuple(shape)} but x had shape {self.shape} in the forward of call {call}"
+            )
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "shape": list(self.shape),
+            "shape_since": self.shape_since,
+            **_settings_dict(self.settings),
+            "settings_since": self.settings_since,
+        }
+
+    @classmethod
+    def from_dict(cls, name: str, state: Any, call: int) -> _Latest:
+        pattern = cls((), 0, _Settings(0.0, False, ()), 0).as_dict()
+        state = _checked_keys(name, state, pattern)
+        if not isinstance(state["shape"], (list, tuple)):
+            raise TypeError(f"{name}['shape'] must be a list of integers, not {state['shape']!r}")
+        shape = tuple(random.checked_int(f"{name}['shape']", n, 2**63) for n in state["shape"])
+        since = {}
+        for key in ("shape_since", "settings_since"):
+            since[key] = random.checked_int(f"{name}[{key!r}]", state[key], 2**32)
+            if not 1 <= since[key] <= call:
+                raise ValueError(f"{name}[{key!r}] must be a call from 1 to {call}, not {since[key]}")
+        settings = _settings_from(name, state)
+        _normalised(settings.axes, shape)
+        return cls(shape, since["shape_since"], settings, since["settings_since"])
+
+
+def _settings_dict(settings: _Settings) -> dict[str, Any]:
+    return {
+        "dropout_ratio": settings.ratio,
+        "inverted": settings.inverted,
+        "broadcast_axes": list(settings.axes),
+    }
+
+
+def _settings_from(name: str, state: Mapping[str, Any]) -> _Settings:
+    return _Settings(
+        _checked_ratio(f"{name}['dropout_ratio']", state["dropout_ratio"]),
+        _checked_bool(f"{name}['inverted']", state["inverted"]),
+        _checked_axes(f"{name}['broadcast_axes']", state["broadcast_axes"]),
+    )
+
+
+def _checked_keys(name: str, state: Any, pattern: Mapping[str, Any]) -> Mapping[str, Any]:
+    if not isinstance(state, Mapping):
+        raise TypeError(f"{name} must be a dict made by state_dict(), not {type(state).__name__}")
+    missing, unknown = pattern.keys() - state.keys(), state.keys() - pattern.keys()
+    if missing or unknown:
+        differences = [f"lacks {sorted(missing)}"] * bool(missing)
+        differences += [f"has the unknown keys {sorted(map(str, unknown))}"] * bool(unknown)
+        raise ValueError(f"{name} is no state of a Dropout layer: it {' and '.join(differences)}")
+    return state
+
+
+# --- The arrays ------------------------------------------------------------------------------------------------------
+
+
+class _Leaf(NamedTuple):
+    """One array to work on, checked, and where its result goes."""
+
+    xp: Any
+    x: Any
+    out: Any  # None: a new array
+    device: Any
+    compute: str
+    is_scalar: bool
+
+    def result(self, y: Any) -> Any:
+        return y[()] if self.is_scalar and self.out is None else y
+
+
+def _leaf(name: str, x: Any, out: Any) -> _Leaf:
+    from array_api_compat import array_namespace, device, is_array_api_obj, is_jax_namespace, is_numpy_array
+
+    is_scalar = isinstance(x, (bool, int, float, complex, np.generic))
+    if not is_scalar and not is_array_api_obj(x):
+        raise TypeError(f"{name} must be an array or a scalar, not {type(x).__name__}")
+    if is_scalar or is_numpy_array(x):
+        x = np.asarray(x)
+    xp = array_namespace(x)
+    dtype = _dtype_name(x)
+    if dtype not in COMPUTE_DTYPE:
+        raise TypeError(
+            f"{name} has dtype {dtype}, but Dropout takes {', '.join(COMPUTE_DTYPE)}: "
+            f"convert it first, for example with {name}.astype(float32)"
+        )
+    if out is not None:
+        _check_out(name, x, out, xp)
+    # JAX chooses the device of what it is given itself, and under jit a device has no meaning.
+    where = None if is_jax_namespace(xp) else device(x)
+    return _Leaf(xp, x, out, where, COMPUTE_DTYPE[dtype], is_scalar)
+
+
+def _check_out(name: str, x: Any, out: Any, xp: Any) -> None:
+    from array_api_compat import array_namespace, device, is_array_api_obj, is_jax_namespace
+
+    if isinstance(out, np.generic) or not is_array_api_obj(out):
+        raise TypeError(f"out must be a mutable array, not {type(out).__name__}")
+    if is_jax_namespace(xp) or is_jax_namespace(array_namespace(out)):
+        raise TypeError(
+            "out must be a mutable array, but JAX arrays are immutable: use the value that is returned"
+        )
+    if array_namespace(out) is not xp:
+        raise TypeError(f"out is of {array_namespace(out).__name__} but {name} is of {xp.__name__}")
+    if out.dtype != x.dtype:
+        raise TypeError(f"out has dtype {out.dtype} but {name} has dtype {x.dtype}: they must be equal")
+    if tuple(out.shape) != tuple(x.shape):
+        raise ValueError(
+            f"out has shape {tuple(out.shape)} but {name} has shape {tuple(x.shape)}: they must be equal"
+        )
+    if device(out) != device(x):
+        raise ValueError(f"out is on {device(out)} but {name} is on {device(x)}: they must be on one device")
+    if isinstance(out, np.ndarray) and not out.flags.writeable:
+        raise ValueError("out is read-only: give an array that can be written, or none")
+    if _overlaps_itself(out):
+        raise ValueError("out has elements that share their memory (as after broadcasting): give a copy")
+
+
+def _scale_and_drop(leaf: _Leaf, keep: Any, scale: float) -> Any:
+    """Apply the definition to a whole array, real or complex, piece by piece."""
+    from array_api_compat import is_jax_namespace
+
+    xp, x, out = leaf.xp, leaf.x, leaf.out
+    if is_jax_namespace(xp):
+        return _scale_and_drop_jax(leaf, keep, scale)
+    if out is None:
+        out = xp.empty_like(x)
+    elif out is not x and _may_overlap(xp, x, out):
+        x = xp.asarray(x, copy=True)
+    factor = _factor(leaf, scale)
+    with np.errstate(all="ignore"):  # inf * 0 and overflow have the results of IEEE 754, without a warning
+        for source, target in zip(_real_parts(xp, x), _real_parts(xp, out), strict=True):
+            for piece in _pieces(tuple(x.shape)):
+                kept = None if keep is None else keep[piece]
+                target[piece] = _dropped(xp, source[piece], kept, factor)
+    return out
+
+
+def _scale_and_drop_jax(leaf: _Leaf, keep: Any, scale: float) -> Any:
+    import jax
+
+    factor = _factor(leaf, scale)
+    parts = [_dropped(leaf.xp, part, keep, factor) for part in _real_parts(leaf.xp, leaf.x)]
+    return parts[0] if len(parts) == 1 else jax.lax.complex(*parts)
+
+
+def _factor(leaf: _Leaf, scale: float) -> Any:
+    if scale == 1:
+        return None
+    return leaf.xp.asarray(scale, dtype=getattr(leaf.xp, leaf.compute), device=leaf.device)
+
+
+def _real_parts(xp: Any, x: Any) -> list[Any]:
+    """``x`` itself, or views of its real and imaginary parts: complex products would mix an inf into both parts."""
+    return [xp.real(x), xp.imag(x)] if _dtype_name(x).startswith("complex") else [x]
+
+
+def _pieces(shape: tuple[int, ...]) -> Iterator[tuple[Any, ...]]:
+    """Indexes that cut an array of any layout, along one axis, into parts of at most about PIECE elements."""
+    axis = 0
+    while axis < len(shape) and math.prod(shape[axis + 1 :]) > PIECE:
+        axis += 1
+    if axis == len(shape):
+        yield (...,)
+        return
+    step = max(1, PIECE // max(1, math.prod(shape[axis + 1 :])))
+    for lead in itertools.product(*map(range, shape[:axis])):
+        for start in range(0, shape[axis], step):
+            yield (*lead, slice(start, min(start + step, shape[axis])), ...)
+
+
+def _dtype_name(x: Any) -> str:
+    """``float32`` for ``np.float32``, ``torch.float32`` and ``array_api_strict.float32`` alike."""
+    return str(getattr(x.dtype, "name", x.dtype)).rpartition(".")[2]
+
+
+def _may_overlap(xp: Any, a: Any, b: Any) -> bool:
+    """False only if ``a`` and ``b`` surely share no memory."""
+    from array_api_compat import is_cupy_namespace, is_numpy_namespace, is_torch_namespace
+
+    if is_numpy_namespace(xp) or is_cupy_namespace(xp):
+        return bool(xp.may_share_memory(a, b))
+    if is_torch_namespace(xp):
+        (a_start, a_size), (b_start, b_size) = (
+            (s.data_ptr(), s.nbytes()) for s in (a.untyped_storage(), b.untyped_storage())
+        )
+        return bool(a_start < b_start + b_size and b_start < a_start + a_size)
+    return True  # no portable way to ask: the copy is always right
+
+
+def _overlaps_itself(x: Any) -> bool:
+    """True unless the strides nest, as those of every slice, transpose or reshape of an ordinary array do."""
+    strides = x.stride() if callable(getattr(x, "stride", None)) else getattr(x, "strides", None)
+    if strides is None or 0 in x.shape:
+        return False
+    reach = 1 if callable(getattr(x, "stride", None)) else x.itemsize
+    for stride, n in sorted((abs(s), n) for s, n in zip(strides, x.shape, strict=True) if n > 1):
+        if stride < reach:
+            return True
+        reach += (n - 1) * stride
+    return False
+
+
+# --- Checks of arguments ---------------------------------------------------------------------------------------------
+
+
+def _checked_ratio(name: str, value: Any) -> float:
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number in [0, 1], not {value!r} of type {type(value).__name__}")
+    ratio = float(value)
+    if not 0 <= ratio <= 1:  # NaN fails this too
+        raise ValueError(f"{name} must be in [0, 1], not {value!r}")
+    return ratio
+
+
+def _checked_bool(name: str, value: Any) -> bool:
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name} must be True or False, not {value!r} of type {type(value).__name__}")
+    return bool(value)
+
+
+def _checked_axes(name: str, value: Any) -> tuple[int, ...]:
+    axes = value if isinstance(value, (tuple, list)) else (value,)
+    if not all(isinstance(axis, numbers.Integral) and not isinstance(axis, bool) for axis in axes):
+        raise TypeError(f"{name} must be an integer or a tuple of integers, not {value!r}")
+    if len(set(axes)) != len(axes):
+        raise ValueError(f"{name} names an axis twice: {value!r}")
+    return tuple(int(axis) for axis in axes)
+
+
+def _normalised(axes: tuple[int, ...], shape: tuple[int, ...]) -> set[int]:
+    """Axes counted from the front, checked against the array's shape."""
+    for axis in axes:
+        if not -len(shape) <= axis < len(shape):
+            raise ValueError(
+                f"broadcast_axes={axes} names axis {axis}, but the array has shape {tuple(shape)}"
+            )
+    counted = {axis % len(shape) for axis in axes}
+    if len(counted) != len(axes):
+        raise ValueError(f"broadcast_axes={axes} names an axis of an array of shape {tuple(shape)} twice")
+    return counted

@@ -1,0 +1,55 @@
+"""The demo: real training on real data, with pictures; ``python -m xpoptim demo`` runs it.
+
+The optimizers and Dropout come from the library; everything else here (network, backpropagation, data,
+pictures) is what a user of the library would write.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+
+EXTRA = {"rich": "rich", "matplotlib": "matplotlib", "sklearn": "scikit-learn"}  # module: distribution
+
+
+class DemoError(Exception):
+    """The demo cannot run here; the message is one line that says why and what to do."""
+
+
+def missing_extra() -> dict[str, str]:
+    """What the demo needs and cannot import: distribution name to the reason."""
+    missing = {}
+    for module, distribution in EXTRA.items():
+        try:
+            import_module(module)
+        except Exception as error:  # a broken installation may raise anything; to the user it is as good as none
+            missing[distribution] = " ".join(str(error).split())
+    return missing
+
+
+def run(backend: str, seed: int, out: Path, steps: int) -> None:
+    """Train, print the table, save the pictures.
+
+    Parameters
+    ----------
+    backend
+        ``"numpy"`` or ``"cupy"``.
+    seed
+        Seed of split, weights, mini-batches and Dropout masks.
+    out
+        Folder for the pictures; made if it does not exist.
+    steps
+        Training steps of each optimizer, and of each network of the Dropout picture.
+
+    Raises
+    ------
+    DemoError
+        A package is missing, the folder cannot be written, or there is no GPU for CuPy.
+    """
+    missing = missing_extra()
+    if missing:
+        reasons = "; ".join(f"{name} ({reason})" for name, reason in missing.items())
+        raise DemoError(f"the demo needs {reasons}: install with  pip install 'xpoptim[demo]'")
+    # Only now may the modules that import those packages be loaded.
+    show = import_module("xpoptim.demo.show")
+    show.main_job(backend, seed, out, steps)

@@ -1,0 +1,1 @@
+"""WHERE: a recipe is carried out on arrays. ``reference`` on any namespace, ``cpu`` by kernels on NumPy arrays."""

@@ -1,0 +1,54 @@
+"""LLVM assembly to callable machine code, through llvmlite. Imported only when a kernel is needed."""
+
+from __future__ import annotations
+
+import threading
+from functools import cache
+from typing import Any
+
+import llvmlite.binding as llvm
+
+_lock = threading.Lock()
+
+
+@cache
+def _target() -> Any:
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    return llvm.Target.from_default_triple()
+
+
+def _machine() -> Any:
+    return _target().create_target_machine(
+        cpu=llvm.get_host_cpu_name(), features=llvm.get_host_cpu_features().flatten(), opt=3
+    )
+
+
+class Module:
+    """Compiled assembly; it stays loaded for as long as this object lives."""
+
+    def __init__(self, assembly: str) -> None:
+        with _lock:
+            machine = _machine()
+            module = llvm.parse_assembly(assembly)
+            module.triple = _target().triple
+            module.data_layout = str(machine.target_data)
+            module.verify()
+            tuning = llvm.create_pipeline_tuning_options(speed_level=3)
+            tuning.loop_vectorization = True
+            tuning.loop_unrolling = True
+            passes = llvm.create_pass_builder(machine, tuning)
+            passes.getModulePassManager().run(module, passes)
+            self._engine = llvm.create_mcjit_compiler(module, machine)
+            self._engine.finalize_object()
+
+    def address(self, name: str) -> int:
+        return self._engine.get_function_address(name)
+
+
+def half_precision() -> bool:
+    """Whether the CPU converts float16 itself; without that LLVM would call routines that are not there."""
+    triple = llvm.get_default_triple()
+    if triple.startswith(("x86_64", "i686")):
+        return bool(llvm.get_host_cpu_features().get("f16c"))
+    return triple.startswith(("aarch64", "arm64"))

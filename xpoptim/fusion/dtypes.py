@@ -1,0 +1,17 @@
+"""The dtypes a parameter may be stored in, and those it is computed and remembered in."""
+
+from __future__ import annotations
+
+REAL_DTYPES = ("float16", "bfloat16", "float32", "float64")
+COMPLEX_DTYPES = ("complex64", "complex128")
+PART = {"complex64": "float32", "complex128": "float64"}  # the dtype of a complex number's parts
+
+
+def compute_dtype(dtype: str) -> str:
+    """float32 for the 16-bit types, else the dtype's own real dtype."""
+    return {"float16": "float32", "bfloat16": "float32"}.get(dtype, PART.get(dtype, dtype))
+
+
+def slot_dtype(dtype: str) -> str:
+    """The dtype of a parameter's slots: the compute dtype, or the complex dtype of a complex parameter."""
+    return dtype if dtype in PART else compute_dtype(dtype)

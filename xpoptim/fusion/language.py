@@ -1,0 +1,392 @@
+"""What a rule sees: `Value`, a number or array it may compute with, and `Functions`, its ``xp``.
+
+Both know the closed table and nothing else. A *backend* decides what an operation does: the tracer
+records it, the reference engine carries it out at once. So the semantics (which operations exist, their
+types, when a scalar is rounded, what ``maximum`` means for NaN) stand here once, for every engine.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from typing import Any, NoReturn, Protocol
+
+import numpy as np
+
+from ..errors import TraceError
+from .ops import BOOL, REAL, TABLE, Op, Type
+
+
+class Backend(Protocol):
+    """Carries out operations. Scalars are float64 (or bool); arrays are of the compute dtype (or bool)."""
+
+    rule: str  # the name of the rule, for errors
+
+    def constant(self, value: float | bool) -> Any: ...
+    def scalar_op(self, op: Op, args: list[Any]) -> Any: ...
+    def array_op(self, op: Op, args: list[Any]) -> Any: ...
+    def spread(self, scalar: Any, type: Type) -> Any:
+        """A scalar, rounded once to the compute dtype, as an operand of array operations."""
+
+
+class Value:
+    """A scalar or an array inside a rule. Immutable: every operation gives a new one."""
+
+    __slots__ = ("argument", "backend", "integral", "origin", "raw", "scalar", "type")
+
+    def __init__(
+        self,
+        backend: Backend,
+        raw: Any,
+        type: Type = REAL,
+        *,
+        scalar: bool = False,
+        integral: bool = False,
+        argument: str | None = None,
+        origin: frozenset[str] = frozenset(),
+    ) -> None:
+        self.backend, self.raw, self.type = backend, raw, type
+        self.scalar, self.integral, self.argument = scalar, integral, argument
+        self.origin = frozenset({argument}) if argument else origin  # the arguments it was computed from
+
+    # Arithmetic, comparison, logic: one row of the table each.
+    def __add__(self, other: Any) -> Value:
+        return apply("add", self, other)
+
+    def __radd__(self, other: Any) -> Value:
+        return apply("add", other, self)
+
+    def __sub__(self, other: Any) -> Value:
+        return apply("subtract", self, other)
+
+    def __rsub__(self, other: Any) -> Value:
+        return apply("subtract", other, self)
+
+    def __mul__(self, other: Any) -> Value:
+        return apply("multiply", self, other)
+
+    def __rmul__(self, other: Any) -> Value:
+        return apply("multiply", other, self)
+
+    def __truediv__(self, other: Any) -> Value:
+        return apply("divide", self, other)
+
+    def __rtruediv__(self, other: Any) -> Value:
+        return apply("divide", other, self)
+
+    def __neg__(self) -> Value:
+        return apply("negative", self)
+
+    def __pos__(self) -> Value:
+        return self
+
+    def __abs__(self) -> Value:
+        return apply("abs", self)
+
+    def __lt__(self, other: Any) -> Value:
+        return apply("less", self, other)
+
+    def __le__(self, other: Any) -> Value:
+        return apply("less_equal", self, other)
+
+    def __gt__(self, other: Any) -> Value:
+        return apply("greater", self, other)
+
+    def __ge__(self, other: Any) -> Value:
+        return apply("greater_equal", self, other)
+
+    def __eq__(self, other: Any) -> Value:  # type: ignore[override]
+        return apply("equal", self, other)
+
+    def __ne__(self, other: Any) -> Value:  # type: ignore[override]
+        return apply("not_equal", self, other)
+
+    def __and__(self, other: Any) -> Value:
+        return apply("logical_and", self, other)
+
+    def __rand__(self, other: Any) -> Value:
+        return apply("logical_and", other, self)
+
+    def __or__(self, other: Any) -> Value:
+        return apply("logical_or", self, other)
+
+    def __ror__(self, other: Any) -> Value:
+        return apply("logical_or", other, self)
+
+    def __xor__(self, other: Any) -> Value:
+        return apply("logical_xor", self, other)
+
+    def __rxor__(self, other: Any) -> Value:
+        return apply("logical_xor", other, self)
+
+    def __invert__(self) -> Value:
+        return apply("logical_not", self)
+
+    def __pow__(self, exponent: Any) -> Value:
+        return power(self, exponent)
+
+    def __rpow__(self, base: Any) -> Value:
+        return power(lift(self.backend, base), self)
+
+    __hash__ = object.__hash__
+
+    # In place: `m += x` would change the caller's array in plain NumPy, so it is refused for arguments.
+    def _in_place(self, sign: str) -> Any:
+        if self.argument and not self.scalar:
+            self._refuse(f"writes to its argument {self.argument!r}: write {self.argument} = {self.argument} {sign} ...")
+        return NotImplemented
+
+    def __iadd__(self, other: Any) -> Any:
+        return self._in_place("+")
+
+    def __isub__(self, other: Any) -> Any:
+        return self._in_place("-")
+
+    def __imul__(self, other: Any) -> Any:
+        return self._in_place("*")
+
+    def __itruediv__(self, other: Any) -> Any:
+        return self._in_place("/")
+
+    def __ipow__(self, other: Any) -> Any:
+        return self._in_place("**")
+
+    def __iand__(self, other: Any) -> Any:
+        return self._in_place("&")
+
+    def __ior__(self, other: Any) -> Any:
+        return self._in_place("|")
+
+    def __ixor__(self, other: Any) -> Any:
+        return self._in_place("^")
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self._refuse(f"writes to {self._who()}: a rule returns new values instead, for example xp.where(mask, new, old)")
+
+    # Everything that would need the numbers now.
+    def _who(self) -> str:
+        if self.argument:
+            return f"its argument {self.argument!r}"
+        names = ", ".join(repr(name) for name in sorted(self.origin))
+        return f"a value computed from {names}" if names else "a constant"
+
+    def _refuse(self, what: str) -> NoReturn:
+        raise TraceError(f"{self.backend.rule} {what}")
+
+    def __bool__(self) -> bool:
+        self._refuse(
+            f"branches on {self._who()}: use xp.where, or annotate a hyperparameter `bool` to make it static "
+            "(`and`, `or`, `not`, chained comparisons, min() and max() branch too)"
+        )
+
+    def __float__(self) -> float:
+        self._refuse(f"turns {self._who()} into a Python number (functions of `math` do): use the functions of xp")
+
+    __int__ = __index__ = __complex__ = __float__  # type: ignore[assignment]
+
+    def __getitem__(self, index: Any) -> NoReturn:
+        self._refuse(f"indexes {self._who()}: a fused rule is elementwise")
+
+    def __len__(self) -> int:
+        self._refuse(f"asks for the length of {self._who()}: a fused rule is elementwise")
+
+    def __iter__(self) -> NoReturn:
+        self._refuse(f"iterates over {self._who()}: a fused rule is elementwise")
+
+    def __matmul__(self, other: Any) -> NoReturn:
+        self._refuse(f"multiplies matrices with {self._who()}: a fused rule is elementwise")
+
+    __rmatmul__ = __matmul__
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("__"):  # protocols ask for these to find out what an object is
+            raise AttributeError(name)
+        self._refuse(f"uses .{name} of {self._who()}: use the functions of xp")
+
+    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **kwargs: Any) -> Value:
+        # `np.float64(2) * g` arrives here; `np.sqrt(g)` does too, and is refused by name.
+        name = {"power": "power", "true_divide": "divide"}.get(ufunc.__name__, ufunc.__name__)
+        plain = all(isinstance(x, Value | numbers.Number | np.generic) for x in inputs)
+        infix = name in TABLE and TABLE[name].symbol and len(inputs) == 2
+        if method == "__call__" and not kwargs and plain and infix and not isinstance(inputs[0], Value):
+            if name == "power":
+                return power(lift(self.backend, inputs[0]), inputs[1])
+            return apply(name, *inputs)
+        self._refuse(f"calls np.{ufunc.__name__} on {self._who()}: call xp.{ufunc.__name__} if the table has it")
+
+    def __array_function__(self, function: Any, types: Any, args: Any, kwargs: Any) -> NoReturn:
+        self._refuse(f"calls np.{function.__name__} on {self._who()}: use the functions of xp")
+
+    def __repr__(self) -> str:
+        return f"<{'scalar' if self.scalar else 'array'} {self._who()} in {self.backend.rule}>"
+
+
+def lift(backend: Backend, x: Any) -> Value:
+    """A Python or NumPy number written into a rule, as a scalar value."""
+    if isinstance(x, Value):
+        return x
+    if isinstance(x, bool | np.bool_):
+        return Value(backend, backend.constant(bool(x)), BOOL, scalar=True)
+    if isinstance(x, numbers.Real | np.floating | np.integer):
+        integral = isinstance(x, numbers.Integral | np.integer)
+        return Value(backend, backend.constant(float(x)), scalar=True, integral=integral)
+    raise TraceError(
+        f"{backend.rule} computes with {type(x).__name__} {x!r}: "
+        "a rule may use its arguments, numbers, and the functions of xp"
+    )
+
+
+def _spread(value: Value) -> Value:
+    if not value.scalar:
+        return value
+    raw = value.backend.spread(value.raw, value.type)
+    return Value(value.backend, raw, value.type, origin=value.origin)
+
+
+def apply(name: str, *operands: Any) -> Value:
+    """One operation of the table. Scalars stay scalar among themselves, and are rounded beside an array."""
+    backend = next(x.backend for x in operands if isinstance(x, Value))
+    op = TABLE[name]
+    values = [lift(backend, x) for x in operands]
+    for position, (value, type) in enumerate(zip(values, op.takes, strict=True)):
+        if value.type is not type:
+            raise TraceError(
+                f"{backend.rule}: operand {position + 1} of {name} is {value._who()} of type {value.type.value}, "
+                f"but {name} takes {type.value} (xp.where turns a comparison into numbers)"
+            )
+    origin = frozenset().union(*(value.origin for value in values))
+    if all(value.scalar for value in values):
+        integral = name in {"add", "subtract", "multiply", "negative"} and all(v.integral for v in values)
+        raw = backend.scalar_op(op, [value.raw for value in values])
+        return Value(backend, raw, op.gives, scalar=True, integral=integral, origin=origin)
+    raw = backend.array_op(op, [_spread(value).raw for value in values])
+    return Value(backend, raw, op.gives, origin=origin)
+
+
+def power(base: Value, exponent: Any) -> Value:
+    """``base**exponent``: repeated squaring for integers written out, or a scalar to an integer step count."""
+    if isinstance(exponent, numbers.Real | np.floating | np.integer) and float(exponent).is_integer():
+        return _constant_power(base, int(exponent))
+    if isinstance(exponent, Value) and exponent.integral and base.scalar:
+        return apply("power", base, exponent)
+    base._refuse(
+        f"raises {base._who()} to the power {exponent!r}: the exponent may be an integer constant or, "
+        "for a scalar, an integer expression of t (a square root is xp.sqrt)"
+    )
+
+
+def _constant_power(base: Value, n: int) -> Value:
+    exponent, square = abs(n), base
+    result: Value | None = None
+    while exponent:
+        if exponent & 1:
+            result = square if result is None else result * square
+        exponent >>= 1
+        if exponent:
+            square = square * square
+    if result is None:
+        return lift(base.backend, 1)
+    return 1.0 / result if n < 0 else result
+
+
+class Functions:
+    """The ``xp`` of a rule: the closed table under its Array API names, and what is composed of it."""
+
+    inf, nan, pi, e = math.inf, math.nan, math.pi, math.e
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+
+    def _call(self, name: str, *operands: Any) -> Value:
+        return apply(name, *(lift(self._backend, x) for x in operands))
+
+    def add(self, x1: Any, x2: Any) -> Value:
+        return self._call("add", x1, x2)
+
+    def subtract(self, x1: Any, x2: Any) -> Value:
+        return self._call("subtract", x1, x2)
+
+    def multiply(self, x1: Any, x2: Any) -> Value:
+        return self._call("multiply", x1, x2)
+
+    def divide(self, x1: Any, x2: Any) -> Value:
+        return self._call("divide", x1, x2)
+
+    def negative(self, x: Any) -> Value:
+        return self._call("negative", x)
+
+    def positive(self, x: Any) -> Value:
+        return lift(self._backend, x)
+
+    def pow(self, x1: Any, x2: Any) -> Value:
+        return power(lift(self._backend, x1), x2)
+
+    def sqrt(self, x: Any) -> Value:
+        return self._call("sqrt", x)
+
+    def abs(self, x: Any) -> Value:
+        return self._call("abs", x)
+
+    def square(self, x: Any) -> Value:
+        return self._call("multiply", x, x)
+
+    def isfinite(self, x: Any) -> Value:
+        return self._call("isfinite", x)
+
+    def less(self, x1: Any, x2: Any) -> Value:
+        return self._call("less", x1, x2)
+
+    def less_equal(self, x1: Any, x2: Any) -> Value:
+        return self._call("less_equal", x1, x2)
+
+    def greater(self, x1: Any, x2: Any) -> Value:
+        return self._call("greater", x1, x2)
+
+    def greater_equal(self, x1: Any, x2: Any) -> Value:
+        return self._call("greater_equal", x1, x2)
+
+    def equal(self, x1: Any, x2: Any) -> Value:
+        return self._call("equal", x1, x2)
+
+    def not_equal(self, x1: Any, x2: Any) -> Value:
+        return self._call("not_equal", x1, x2)
+
+    def logical_and(self, x1: Any, x2: Any) -> Value:
+        return self._call("logical_and", x1, x2)
+
+    def logical_or(self, x1: Any, x2: Any) -> Value:
+        return self._call("logical_or", x1, x2)
+
+    def logical_xor(self, x1: Any, x2: Any) -> Value:
+        return self._call("logical_xor", x1, x2)
+
+    def logical_not(self, x: Any) -> Value:
+        return self._call("logical_not", x)
+
+    def where(self, condition: Any, x1: Any, x2: Any) -> Value:
+        return self._call("where", condition, x1, x2)
+
+    def maximum(self, x1: Any, x2: Any) -> Value:
+        """``where((x1 > x2) | (x1 != x1), x1, x2)``: a NaN on either side stays."""
+        x1 = lift(self._backend, x1)
+        return self.where((x1 > x2) | (x1 != x1), x1, x2)
+
+    def minimum(self, x1: Any, x2: Any) -> Value:
+        """``where((x1 < x2) | (x1 != x1), x1, x2)``: a NaN on either side stays."""
+        x1 = lift(self._backend, x1)
+        return self.where((x1 < x2) | (x1 != x1), x1, x2)
+
+    def clip(self, x: Any, min: Any = None, max: Any = None) -> Value:
+        x = x if min is None else self.maximum(x, min)
+        return lift(self._backend, x) if max is None else self.minimum(x, max)
+
+    def sign(self, x: Any) -> Value:
+        """-1, 0 or 1; ``sign(±0) = +0`` and ``sign(NaN) = NaN``."""
+        x = lift(self._backend, x)
+        return self.where(x > 0, 1.0, self.where(x < 0, -1.0, self.where(x == 0, 0.0, x)))
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        known = ", ".join(sorted(n for n in vars(Functions) if not n.startswith("_")))
+        raise TraceError(f"{self._backend.rule} uses xp.{name}, which is not in the table of operations: {known}")

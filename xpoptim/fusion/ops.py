@@ -1,0 +1,120 @@
+"""The closed table of operations: each row says once what an operation is on every engine.
+
+A column holds a small text template. ``{0}``, ``{1}``, ``{2}`` are the operands and ``{r}`` the result;
+``{T}`` is the floating-point type and ``{S}`` the suffix of its functions. All operations here are
+correctly rounded by IEEE 754 (or only select, compare and combine), so every engine gives the same bits.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+
+class Type(Enum):
+    """What a value of a rule is: a float of the compute dtype, a truth value, or a 32-bit word."""
+
+    REAL = "real"
+    BOOL = "bool"
+    UINT32 = "uint32"
+
+
+REAL, BOOL, UINT32 = Type.REAL, Type.BOOL, Type.UINT32
+
+
+@dataclass(frozen=True)
+class Op:
+    """One row of the table: operand types, result type, and the operation in each target's words."""
+
+    name: str
+    takes: tuple[Type, ...]
+    gives: Type
+    array: Callable[..., Any]  # (xp, *arrays): any Array API namespace
+    llvm: str
+    cuda: str
+    symbol: str = ""  # infix or prefix spelling for `source("graph")`
+
+
+def _op(name: str, takes: tuple[Type, ...], gives: Type, array: Any, llvm: str, cuda: str, symbol: str = "") -> Op:
+    return Op(name, takes, gives, array, llvm, cuda, symbol)
+
+
+def _infix(function: Callable[[Any, Any], Any]) -> Callable[..., Any]:
+    return lambda xp, a, b: function(a, b)
+
+
+def integer_power(x: Any, n: Any) -> Any:
+    """``x**n`` for an integer ``n`` by repeated squaring, low bit first: the order every engine follows."""
+    exponent = abs(int(n))
+    result, base = type(x)(1.0), x
+    while exponent:
+        if exponent & 1:
+            result = result * base
+        base = base * base
+        exponent >>= 1
+    return type(x)(1.0) / result if n < 0 else result
+
+
+_R, _RR, _BB = (REAL,), (REAL, REAL), (BOOL, BOOL)
+
+_ROWS = (
+    _op("add", _RR, REAL, _infix(operator.add), "{r} = fadd {T} {0}, {1}", "{0} + {1}", "+"),
+    _op("subtract", _RR, REAL, _infix(operator.sub), "{r} = fsub {T} {0}, {1}", "{0} - {1}", "-"),
+    _op("multiply", _RR, REAL, _infix(operator.mul), "{r} = fmul {T} {0}, {1}", "{0} * {1}", "*"),
+    _op("divide", _RR, REAL, _infix(operator.truediv), "{r} = fdiv {T} {0}, {1}", "{0} / {1}", "/"),
+    _op("negative", _R, REAL, lambda xp, a: -a, "{r} = fneg {T} {0}", "-{0}", "-"),
+    _op(
+        "sqrt",
+        _R,
+        REAL,
+        lambda xp, a: xp.sqrt(a),
+        "{r} = call {T} @llvm.sqrt.{S}({T} {0})",
+        "sqrt{S}({0})",
+    ),
+    _op("abs", _R, REAL, lambda xp, a: xp.abs(a), "{r} = call {T} @llvm.fabs.{S}({T} {0})", "fabs{S}({0})"),
+    _op(
+        "isfinite",
+        _R,
+        BOOL,
+        lambda xp, a: xp.isfinite(a),
+        "{r}.abs = call {T} @llvm.fabs.{S}({T} {0})\n  {r} = fcmp olt {T} {r}.abs, 0x7FF0000000000000",
+        "fabs{S}({0}) < XP_INFINITY",
+    ),
+    _op("less", _RR, BOOL, _infix(operator.lt), "{r} = fcmp olt {T} {0}, {1}", "{0} < {1}", "<"),
+    _op("less_equal", _RR, BOOL, _infix(operator.le), "{r} = fcmp ole {T} {0}, {1}", "{0} <= {1}", "<="),
+    _op("greater", _RR, BOOL, _infix(operator.gt), "{r} = fcmp ogt {T} {0}, {1}", "{0} > {1}", ">"),
+    _op("greater_equal", _RR, BOOL, _infix(operator.ge), "{r} = fcmp oge {T} {0}, {1}", "{0} >= {1}", ">="),
+    _op("equal", _RR, BOOL, _infix(operator.eq), "{r} = fcmp oeq {T} {0}, {1}", "{0} == {1}", "=="),
+    _op("not_equal", _RR, BOOL, _infix(operator.ne), "{r} = fcmp une {T} {0}, {1}", "{0} != {1}", "!="),
+    _op(
+        "logical_and", _BB, BOOL, lambda xp, a, b: xp.logical_and(a, b), "{r} = and i1 {0}, {1}", "{0} && {1}", "&"
+    ),
+    _op("logical_or", _BB, BOOL, lambda xp, a, b: xp.logical_or(a, b), "{r} = or i1 {0}, {1}", "{0} || {1}", "|"),
+    _op(
+        "logical_xor", _BB, BOOL, lambda xp, a, b: xp.logical_xor(a, b), "{r} = xor i1 {0}, {1}", "{0} != {1}", "^"
+    ),
+    _op("logical_not", (BOOL,), BOOL, lambda xp, a: xp.logical_not(a), "{r} = xor i1 {0}, true", "!{0}", "~"),
+    _op(
+        "where",
+        (BOOL, REAL, REAL),
+        REAL,
+        lambda xp, c, a, b: xp.where(c, a, b),
+        "{r} = select i1 {0}, {T} {1}, {T} {2}",
+        "{0} ? {1} : {2}",
+    ),
+    # Scalars only, and only with an integer exponent: `beta**t`.
+    _op(
+        "power",
+        _RR,
+        REAL,
+        lambda xp, x, n: integer_power(x, n),
+        "{r} = call double @integer_power(double {0}, double {1})",
+        "integer_power({0}, {1})",
+        "**",
+    ),
+)
+
+TABLE: dict[str, Op] = {row.name: row for row in _ROWS}

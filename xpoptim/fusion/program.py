@@ -1,0 +1,107 @@
+"""A traced rule: typed nodes over a list of buffers, and the scalar expressions they need.
+
+A `Program` is plain immutable data. The code generators walk it; nothing else does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+from .ops import TABLE, Type
+
+
+@dataclass(frozen=True)
+class Node:
+    """``op`` is a row of the table, or one of the leaves: ``buffer`` (value: its index), ``input`` (value: the
+    scalar's name), ``const`` (value: the number), ``spread`` (a scalar node, rounded for array use)."""
+
+    op: str
+    args: tuple[int, ...]
+    type: Type
+    scalar: bool
+    value: float | bool | int | str | None = None
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """One array that a kernel walks. ``role``: "param", "grad" or "slot"; ``dtype``: how it is stored."""
+
+    name: str
+    role: str
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Program:
+    """One pass over memory.
+
+    It writes ``stores`` (pairs of buffer and node), or, if ``reduces`` names a node, sums that
+    node's squares in float64 by the tree of `xpoptim.fusion.norm`.
+    """
+
+    name: str
+    compute: str  # "float32" or "float64"
+    buffers: tuple[Buffer, ...]
+    inputs: tuple[str, ...]  # float64 scalars the caller supplies, in this order
+    nodes: tuple[Node, ...]
+    stores: tuple[tuple[int, int], ...] = ()
+    reduces: int | None = None
+
+    @cached_property
+    def needed(self) -> tuple[int, ...]:
+        """The nodes that matter, operands before their users."""
+        wanted = {node for _, node in self.stores} | ({self.reduces} if self.reduces is not None else set())
+        for number in range(len(self.nodes) - 1, -1, -1):
+            if number in wanted:
+                wanted.update(self.nodes[number].args)
+        return tuple(sorted(wanted))
+
+    @cached_property
+    def scalars(self) -> tuple[int, ...]:
+        """The scalar nodes that array code reads: one entry of the scalar block each. Constants are not among them."""
+        seen: dict[int, None] = {}
+        for number in self.needed:
+            node = self.nodes[number]
+            if node.op == "spread" and self.nodes[node.args[0]].op != "const":
+                seen.setdefault(node.args[0])
+        return tuple(seen)
+
+    def steps(self, *, scalar: bool) -> Iterator[tuple[int, Node]]:
+        """The needed nodes of the scalar program, or those of the elementwise one."""
+        for number in self.needed:
+            if self.nodes[number].scalar is scalar:
+                yield number, self.nodes[number]
+
+    def __str__(self) -> str:
+        return "\n".join(_listing(self))
+
+
+def _listing(program: Program) -> Iterator[str]:
+    yield f"program {program.name} in {program.compute}"
+    for buffer in program.buffers:
+        yield f"  {buffer.role:6} {buffer.name}: {buffer.dtype}"
+    if any(True for _ in program.steps(scalar=True)):
+        yield "scalars, in float64"
+        yield from (f"  %{i} = {_spell(program, node)}" for i, node in program.steps(scalar=True))
+    yield "for every element"
+    yield from (f"  %{i} = {_spell(program, node)}" for i, node in program.steps(scalar=False))
+    yield from (f"  {program.buffers[b].name} <- %{i}" for b, i in program.stores)
+    if program.reduces is not None:
+        yield f"  sum of squares of %{program.reduces}"
+
+
+def _spell(program: Program, node: Node) -> str:
+    if node.op == "buffer":
+        assert isinstance(node.value, int)
+        return program.buffers[node.value].name
+    if node.op in ("input", "const"):
+        return str(node.value)
+    args = [f"%{i}" for i in node.args]
+    if node.op == "spread":
+        return f"round({args[0]})" if node.type is Type.REAL else args[0]
+    symbol = TABLE[node.op].symbol
+    if symbol and len(args) == 2:
+        return f"{args[0]} {symbol} {args[1]}"
+    return f"{symbol}{args[0]}" if symbol else f"{node.op}({', '.join(args)})"

@@ -1,0 +1,79 @@
+"""Runs a function of `Value`s once and writes down what it does: a `Program`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from .language import Functions, Value
+from .ops import REAL, Op, Type
+from .program import Buffer, Node, Program
+
+Traced = Callable[[Functions, dict[str, Value], dict[str, Value]], Mapping[str, Value] | Value]
+
+
+class Tracer:
+    """The backend that records. Equal nodes are one node, so a common subexpression is computed once."""
+
+    def __init__(self, rule: str) -> None:
+        self.rule = rule
+        self.nodes: list[Node] = []
+        self._known: dict[Node, int] = {}
+
+    def add(self, node: Node) -> int:
+        # repr tells -0.0 from 0.0 and one NaN from none; a Node as key alone would not.
+        key = Node(node.op, node.args, node.type, node.scalar, repr(node.value))
+        if key not in self._known:
+            self._known[key] = len(self.nodes)
+            self.nodes.append(node)
+        return self._known[key]
+
+    def constant(self, value: float | bool) -> int:
+        type = Type.BOOL if isinstance(value, bool) else REAL
+        return self.add(Node("const", (), type, True, value))
+
+    def scalar_op(self, op: Op, args: list[int]) -> int:
+        return self.add(Node(op.name, tuple(args), op.gives, True))
+
+    def array_op(self, op: Op, args: list[int]) -> int:
+        return self.add(Node(op.name, tuple(args), op.gives, False))
+
+    def spread(self, scalar: int, type: Type) -> int:
+        return self.add(Node("spread", (scalar,), type, False))
+
+
+def trace(
+    function: Traced,
+    *,
+    name: str,
+    buffers: tuple[Buffer, ...],
+    inputs: tuple[str, ...],
+    compute: str,
+) -> Program:
+    """Trace ``function(xp, buffers, scalars)``.
+
+    A mapping from buffer names to values becomes the stores; a single value is summed in squares.
+    """
+    tracer = Tracer(name)
+    arrays = {
+        buffer.name: Value(tracer, tracer.add(Node("buffer", (), REAL, False, i)), argument=buffer.name)
+        for i, buffer in enumerate(buffers)
+    }
+    scalars = {
+        key: Value(
+            tracer, tracer.add(Node("input", (), REAL, True, key)), scalar=True, integral=key == "t", argument=key
+        )
+        for key in inputs
+    }
+    result = function(Functions(tracer), arrays, scalars)
+    if isinstance(result, Value):
+        return Program(name, compute, buffers, inputs, tuple(tracer.nodes), reduces=_array(result))
+    places = {buffer.name: i for i, buffer in enumerate(buffers)}
+    stores = tuple((places[key], _array(value)) for key, value in result.items())
+    return Program(name, compute, buffers, inputs, tuple(tracer.nodes), stores=stores)
+
+
+def _array(value: Any) -> int:
+    """The node of an array value; a scalar result fills the array."""
+    return value.backend.spread(value.raw, value.type) if value.scalar else value.raw
+

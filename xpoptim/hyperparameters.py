@@ -1,0 +1,55 @@
+"""Checks of hyperparameters: what may be assigned, and what a schedule may give."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+NON_NEGATIVE = ("lr", "eps", "weight_decay")
+BELOW_ONE = ("momentum", "decay_rate")
+POSITIVE = ("clip_norm", "clip_value")
+
+
+def checked(owner: str, name: str, value: Any, *, static: bool = False, optional: bool = False) -> Any:
+    """``value`` as a float (so that a NumPy scalar never promotes the arithmetic), a bool if ``static``, or a schedule.
+
+    Raises ``TypeError`` for what is no number and ``ValueError`` for one out of range; both name the hyperparameter.
+    """
+    if static:
+        if not isinstance(value, bool | np.bool_):
+            raise TypeError(f"{owner}: {name} is {value!r}: it takes True or False")
+        return bool(value)
+    if value is None and optional:
+        return None
+    if callable(value):
+        return value
+    return in_range(owner, name, as_float(owner, name, value))
+
+
+def as_float(owner: str, name: str, value: Any) -> float:
+    kind = getattr(getattr(value, "dtype", None), "kind", "f")
+    text = isinstance(value, bool | np.bool_ | str | bytes | complex)
+    if text or kind in "cbOSU" or getattr(value, "ndim", 0) != 0 or not hasattr(type(value), "__float__"):
+        raise TypeError(f"{owner}: {name} is {value!r}: it takes a number, or a schedule (a function step -> float)")
+    return float(value)
+
+
+def in_range(owner: str, name: str, value: float) -> float:
+    if not math.isfinite(value):
+        raise ValueError(f"{owner}: {name} is {value}: it must be finite")
+    if name in NON_NEGATIVE and value < 0:
+        raise ValueError(f"{owner}: {name} is {value}: it must be at least 0")
+    if name in POSITIVE and value <= 0:
+        raise ValueError(f"{owner}: {name} is {value}: it must be above 0 (None switches it off)")
+    if (name in BELOW_ONE or name.rstrip("0123456789") == "beta") and not 0 <= value < 1:
+        raise ValueError(f"{owner}: {name} is {value}: it must be at least 0 and below 1")
+    return value
+
+
+def at(owner: str, name: str, value: Any, step: int) -> float:
+    """The value in force at ``step`` (0 at the first update)."""
+    if not callable(value):
+        return value
+    return in_range(owner, f"{name}", as_float(owner, f"{name} (its schedule at step {step})", value(step)))

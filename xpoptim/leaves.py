@@ -1,0 +1,402 @@
+"""Nested containers <-> flat lists of leaves; what a leaf is; layouts and overlaps.
+
+A leaf is an array of any Array API namespace, a NumPy scalar or a Python float. Its key is its
+path joined by dots, ``"encoder.0.W"``; a lone array's key is ``"param"``.
+"""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, NoReturn
+
+import numpy as np
+
+from .fusion.dtypes import COMPLEX_DTYPES, REAL_DTYPES
+
+_LONE = "param"
+
+
+@dataclass(slots=True)
+class Leaf:
+    """One parameter with its gradient and slots, on its way through a step."""
+
+    key: str
+    given: Any  # as it stands in the user's container
+    home: Any  # that container, or None for a lone array
+    index: Any  # its place there
+    p: Any = None  # the array to be updated: `given`, or a 0-d array made of a number
+    g: Any = None  # the gradient as an array, or None
+    slots: list[Any] = field(default_factory=list)
+    space: str = "numpy"  # the namespace's name
+    dtype: str = ""
+    g_dtype: str = ""
+    layout: str = ""  # why it cannot take the fused path, if it cannot
+
+    @property
+    def mutable(self) -> bool:
+        """Whether `p` can be written to: JAX arrays cannot, the 0-d array of a number can."""
+        return self.space != "jax"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Containers
+
+
+def pairs(params: Any, grads: Any) -> list[Leaf]:
+    """Walk ``params`` with ``grads`` beside it; every leaf once, in the containers' order.
+
+    Raises ``ValueError`` for an empty container, a missing gradient, lists of unequal length, or two paths
+    with one key; ``TypeError`` where ``params`` and ``grads`` are nested differently.
+    """
+    leaves = list(_walk(params, grads, (), None, None))
+    if not leaves:
+        raise ValueError(f"params is empty ({params!r}): give a dict, list or tuple with at least one array, or an array")
+    seen: set[str] = set()
+    for leaf in leaves:
+        if leaf.key in seen:
+            raise ValueError(f"two paths in params have the key {leaf.key!r}: rename one (keys are paths joined by dots)")
+        seen.add(leaf.key)
+    return leaves
+
+
+ABSENT = object()  # in place of `grads` where there are none, as in `init`
+
+
+def _walk(params: Any, grads: Any, path: tuple[str, ...], home: Any, index: Any) -> Iterator[Leaf]:
+    if isinstance(params, dict):
+        for key, value in params.items():
+            yield from _walk(value, _gradient_of(grads, key, params, path), (*path, str(key)), params, key)
+    elif isinstance(params, list | tuple):
+        _same_length(params, grads, path)
+        for i, value in enumerate(params):
+            gradient = grads if grads is None or grads is ABSENT else grads[i]
+            yield from _walk(value, gradient, (*path, str(i)), params, i)
+    else:
+        yield Leaf(".".join(path) or _LONE, params, home, index, g=grads)
+
+
+def _gradient_of(grads: Any, key: Any, params: Any, path: tuple[str, ...]) -> Any:
+    if grads is None or grads is ABSENT:
+        return grads
+    if not isinstance(grads, dict):
+        raise TypeError(f"{where('params', path)} is a dict but {where('grads', path)} is {_kind(grads)}: nest them alike")
+    if key not in grads:
+        known = ", ".join(map(str, grads)) or "none"
+        raise ValueError(
+            f"{where('grads', (*path, str(key)))} is missing (gradients there: {known}): "
+            "give every parameter a gradient, or None to leave it as it is"
+        )
+    return grads[key]
+
+
+def _same_length(params: Any, grads: Any, path: tuple[str, ...]) -> None:
+    if grads is None or grads is ABSENT:
+        return
+    if not isinstance(grads, list | tuple):
+        raise TypeError(
+            f"{where('params', path)} is a {type(params).__name__} but {where('grads', path)} is {_kind(grads)}: "
+            "nest them alike"
+        )
+    if len(grads) != len(params):
+        raise ValueError(
+            f"{where('grads', path)} has {len(grads)} entries but {where('params', path)} has {len(params)}: "
+            "they must have equal length (None stands for no gradient)"
+        )
+
+
+def where(tree: str, path: tuple[str, ...]) -> str:
+    """How errors spell a place: ``grads['W1']``, or ``grads`` itself."""
+    return f"{tree}[{'.'.join(path)!r}]" if path else tree
+
+
+def named(tree: str, key: str) -> str:
+    return tree if key == _LONE else f"{tree}[{key!r}]"
+
+
+def _kind(x: Any) -> str:
+    name = type(x).__name__
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+
+
+def rebuilt(params: Any, values: Iterator[Any]) -> Any:
+    """A container like ``params`` with the next value in the place of each leaf."""
+    if isinstance(params, dict):
+        copy = params.copy()
+        for key, value in params.items():
+            copy[key] = rebuilt(value, values)
+        return copy
+    if isinstance(params, tuple) and hasattr(params, "_fields"):
+        return type(params)(*(rebuilt(value, values) for value in params))
+    if isinstance(params, list | tuple):
+        return type(params)(rebuilt(value, values) for value in params)
+    return next(values)
+
+
+def flat_leaves(tree: Any, names: list[Any] | None, count: int) -> list[Any] | None:
+    """The leaves of a flat dict with the keys ``names``, or, without names, of a list; None if it is anything else."""
+    if names is None:
+        return tree if type(tree) is list and len(tree) == count else None
+    if type(tree) is not dict:
+        return None
+    if len(tree) == count and list(tree) == names:
+        return list(tree.values())
+    try:
+        return [tree[name] for name in names]
+    except KeyError:
+        return None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Arrays
+
+
+@lru_cache(maxsize=256)
+def _dtype_name(dtype: Any) -> str:
+    name = getattr(dtype, "name", None)  # NumPy, CuPy, JAX
+    return name if isinstance(name, str) else str(dtype).rsplit(".", 1)[-1]  # torch.float32, array_api_strict.float32
+
+
+def dtype_name(array: Any) -> str:
+    return _dtype_name(array.dtype)
+
+
+def namespace_name(x: Any) -> str | None:
+    """``"numpy"``, ``"cupy"``, ``"torch"``, ``"jax"``, another namespace's name, or None if ``x`` is no array."""
+    if isinstance(x, np.ndarray | np.generic):
+        return "numpy"
+    import array_api_compat as compat
+
+    if not compat.is_array_api_obj(x):
+        return None
+    for name in ("cupy", "torch", "jax"):
+        if getattr(compat, f"is_{name}_array")(x):
+            return name
+    return compat.array_namespace(x).__name__
+
+
+def namespace(x: Any) -> Any:
+    """The Array API namespace of an array."""
+    import array_api_compat as compat
+
+    return compat.array_namespace(x)
+
+
+def device_of(x: Any) -> Any:
+    import array_api_compat as compat
+
+    return compat.device(x)
+
+
+def detached(x: Any) -> Any:
+    """The same memory outside of a framework's automatic differentiation."""
+    return x.detach() if hasattr(x, "detach") else x
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, numbers.Number) and not isinstance(x, np.generic)
+
+
+def resolve_parameter(leaf: Leaf, *, writing: bool) -> None:
+    """Fill in the leaf's array, namespace and dtype; refuse what cannot be a parameter."""
+    name, given = named("params", leaf.key), leaf.given
+    if isinstance(given, bool | int) or (isinstance(given, np.generic) and given.dtype.kind in "iub"):
+        raise TypeError(f"{name} is the integer {given!r}: parameters are floats; write {float(given)!r}")
+    if isinstance(given, complex) and not isinstance(given, np.generic):
+        raise TypeError(f"{name} is a Python complex: use np.complex128({given!r}) or an array")
+    if isinstance(given, float) and not isinstance(given, np.generic):
+        leaf.p, leaf.space, leaf.dtype = np.array(given), "numpy", "float64"
+        _needs_home(leaf, writing)
+        return
+    space = namespace_name(given)
+    if space is None:
+        raise TypeError(f"{name} is {_kind(given)}: a parameter is an array of an Array API namespace, a NumPy scalar or a float")
+    leaf.space, leaf.dtype = space, dtype_name(given)
+    if leaf.dtype not in REAL_DTYPES and leaf.dtype not in COMPLEX_DTYPES:
+        _bad_dtype(name, leaf.dtype, REAL_DTYPES + COMPLEX_DTYPES)
+    if isinstance(given, np.generic):
+        leaf.p = np.array(given)
+        _needs_home(leaf, writing)
+    elif space == "jax":
+        leaf.p = given
+        _needs_home(leaf, writing)
+    else:
+        leaf.p = given.view(np.ndarray) if isinstance(given, np.ndarray) and type(given) is not np.ndarray else detached(given)
+        if writing and space == "numpy" and not leaf.p.flags.writeable:
+            raise ValueError(f"{name} is read-only and cannot be updated in place: pass a writable copy, or use apply")
+
+
+def _needs_home(leaf: Leaf, writing: bool) -> None:
+    """A number or a JAX array cannot be written to: `update` puts a new one in its dict or list."""
+    if writing and not isinstance(leaf.home, dict | list):
+        place = "stands alone" if leaf.home is None else "stands in a tuple"
+        raise TypeError(
+            f"{named('params', leaf.key)} is immutable ({type(leaf.given).__name__}) and {place}, so update cannot replace it: "
+            "put it in a dict or list, or use params, state = opt.apply(params, grads, state)"
+        )
+
+
+def _bad_dtype(name: str, dtype: str, allowed: tuple[str, ...]) -> NoReturn:
+    raise TypeError(f"{name} has dtype {dtype}: allowed are {', '.join(allowed)} (convert it with astype)")
+
+
+def resolve_gradient(leaf: Leaf) -> None:
+    """Fill in the gradient's array and dtype; refuse what does not fit the parameter."""
+    g = leaf.g
+    if g is None or g is ABSENT:
+        leaf.g = None
+        return
+    name, of = named("grads", leaf.key), named("params", leaf.key)
+    if _is_number(g):
+        g = _number_gradient(leaf, g, name)
+    space = namespace_name(g)
+    if space is None:
+        raise TypeError(f"{name} is {_kind(g)}: a gradient is an array like its parameter, or None")
+    if space != leaf.space:
+        raise TypeError(f"{name} is a {space} array but {of} is a {leaf.space} array: bring both to one namespace")
+    leaf.g_dtype = dtype_name(g)
+    if leaf.g_dtype in COMPLEX_DTYPES and leaf.dtype not in COMPLEX_DTYPES:
+        raise TypeError(f"{name} is complex ({leaf.g_dtype}) but {of} is real ({leaf.dtype}): pass its real part")
+    if leaf.g_dtype not in REAL_DTYPES and leaf.g_dtype not in COMPLEX_DTYPES:
+        _bad_dtype(name, leaf.g_dtype, REAL_DTYPES + (COMPLEX_DTYPES if leaf.dtype in COMPLEX_DTYPES else ()))
+    if tuple(g.shape) != tuple(leaf.p.shape):
+        raise ValueError(f"{name} has shape {tuple(g.shape)} but {of} has shape {tuple(leaf.p.shape)}")
+    if space != "numpy" and device_of(g) != device_of(leaf.p):
+        raise ValueError(f"{name} is on {device_of(g)} but {of} is on {device_of(leaf.p)}: bring both to one device")
+    if isinstance(g, np.generic):
+        g = np.asarray(g)
+    leaf.g = g.view(np.ndarray) if isinstance(g, np.ndarray) and type(g) is not np.ndarray else detached(g)
+
+
+def _number_gradient(leaf: Leaf, g: Any, name: str) -> Any:
+    """A Python number as the gradient of a leaf without axes."""
+    if isinstance(g, bool):
+        raise TypeError(f"{name} is the bool {g}: a gradient is a float")
+    if isinstance(g, complex) and leaf.dtype not in COMPLEX_DTYPES:
+        raise TypeError(f"{name} is complex ({g!r}) but {named('params', leaf.key)} is real: pass its real part")
+    if leaf.space == "numpy":
+        return np.array(g, np.complex128 if isinstance(g, complex) else np.float64)
+    xp = namespace(leaf.p)
+    return xp.asarray(float(g) if not isinstance(g, complex) else g, dtype=leaf.p.dtype, device=device_of(leaf.p))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Layouts
+
+
+def dense_alike(arrays: list[Any]) -> bool:
+    """Whether strided arrays fill their memory without gaps, and all in the same order.
+
+    Axes of length 1 do not count. Then element i in memory is the same element in each.
+    """
+    first = arrays[0]
+    if all(a.flags.c_contiguous for a in arrays) or all(a.flags.f_contiguous for a in arrays):
+        return True
+    shape = first.shape
+    axes = [k for k in range(len(shape)) if shape[k] != 1]
+    steps = [tuple(a.strides[k] // a.itemsize if a.itemsize else 0 for k in axes) for a in arrays]
+    if any(step != steps[0] for step in steps) or any(a.strides[k] % a.itemsize for a in arrays for k in axes):
+        return False
+    expected = 1
+    for step, length in sorted((steps[0][j], shape[k]) for j, k in enumerate(axes)):
+        if step != expected:
+            return False
+        expected *= length
+    return True
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Overlaps
+
+
+class _Extent:
+    """The memory of an array as NumPy sees it: an address with shape and strides, never dereferenced."""
+
+    def __init__(self, pointer: int, shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> None:
+        self.__array_interface__ = {
+            "data": (pointer, False),
+            "shape": shape,
+            "strides": strides,
+            "typestr": f"|V{itemsize}",
+            "version": 3,
+        }
+
+
+def extent(x: Any) -> np.ndarray | None:
+    """An array whose memory can be compared with `overlap`; None where the library does not say where it lies."""
+    if isinstance(x, np.ndarray):
+        return x
+    if hasattr(x, "data_ptr"):  # torch
+        size = x.element_size()
+        return _extent(x.data_ptr(), tuple(x.shape), tuple(s * size for s in x.stride()), size)
+    if hasattr(x, "__cuda_array_interface__"):  # CuPy
+        return _extent(x.data.ptr, x.shape, x.strides, x.itemsize)
+    inner = getattr(x, "_array", None)  # array-api-strict
+    return inner if isinstance(inner, np.ndarray) else None
+
+
+def _extent(pointer: int, shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> np.ndarray | None:
+    return np.asarray(_Extent(pointer, shape, strides, itemsize)) if pointer else None
+
+
+def overlap(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether two arrays share an element's memory. Exact, but for a bounded effort: what is not settled then counts."""
+    try:
+        return np.shares_memory(a, b, max_work=100_000)
+    except np.exceptions.TooHardError:
+        return True
+
+
+def bounds(a: np.ndarray) -> tuple[int, int]:
+    return np.lib.array_utils.byte_bounds(a)
+
+
+def overlapping_pair(arrays: list[tuple[str, np.ndarray]]) -> tuple[str, str] | None:
+    """The names of two arrays that share memory, if any do."""
+    spans = sorted((*bounds(a), i) for i, (_, a) in enumerate(arrays) if a.size)
+    active: list[tuple[int, int]] = []
+    for low, high, i in spans:
+        active = [(end, j) for end, j in active if end > low]
+        for _, j in active:
+            if overlap(arrays[i][1], arrays[j][1]):
+                first, second = sorted((i, j))
+                return arrays[first][0], arrays[second][0]
+        active.append((high, i))
+    return None
+
+
+class Written:
+    """The memory that a step writes, for the question whether a gradient lies in it."""
+
+    def __init__(self, arrays: list[np.ndarray]) -> None:
+        self._spans = sorted(((*bounds(a), i) for i, a in enumerate(arrays) if a.size), key=lambda s: s[0])
+        self._arrays = arrays
+        self._longest = max((high - low for low, high, _ in self._spans), default=0)
+        self._starts = [low for low, _, _ in self._spans]
+
+    def touches(self, g: np.ndarray) -> bool:
+        from bisect import bisect_left
+
+        if not g.size or not self._spans:
+            return False
+        low, high = bounds(g)
+        first = bisect_left(self._starts, low - self._longest)
+        for start, end, i in self._spans[first:]:
+            if start >= high:
+                return False
+            if end > low and overlap(self._arrays[i], g):
+                return True
+        return False
+
+
+def copied(x: Any) -> Any:
+    """A copy in memory of its own, in the same layout where the library can."""
+    if isinstance(x, np.ndarray):
+        return np.array(x, order="K", copy=True)
+    if hasattr(x, "clone"):
+        return x.clone()
+    if namespace_name(x) == "jax":
+        return x
+    return namespace(x).asarray(x, copy=True)

@@ -1,0 +1,7 @@
+"""WHAT: the maths. Each optimizer is its defaults, its slots and its rule, on one screen."""
+
+from .adam import Adam, AdamW
+from .adaptive import AdaGrad, RMSprop
+from .descent import SGD, Momentum, Nesterov
+
+__all__ = ["SGD", "AdaGrad", "Adam", "AdamW", "Momentum", "Nesterov", "RMSprop"]

@@ -1,0 +1,287 @@
+"""Random words from a counter: the same on every backend, with no state to carry.
+
+Philox4x32-10 turns a 128-bit counter and a 64-bit key into four 32-bit words. Word ``i`` of a stream depends on
+``(seed, stream, i)`` alone, so any part of it can be drawn again later, elsewhere, and in any order: this is what
+lets :class:`xpoptim.Dropout` keep no mask, and what makes its masks equal on NumPy, CuPy, torch and JAX.
+
+    key     = (seed low, seed high)
+    counter = (block low, block high, stream low, stream high)
+    word i  = output word i % 4 of block i // 4
+
+Streams whose top bit is clear belong to dropout (``layer << 32 | call``), those whose top bit is set to stochastic
+rounding.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import secrets
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+__all__ = ["seed", "words"]
+
+MASK32 = 0xFFFFFFFF
+PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+PHILOX_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+PHILOX_ROUNDS = 10
+
+# Blocks drawn at once: 128 KiB a lane, so that the dozen lanes alive in a round stay in a core's second-level cache.
+# On a GPU each operation is a launch, which larger pieces repay. Both divide 2**32: see _pieces.
+PIECE_ON_HOST = 1 << 14
+PIECE_ON_GPU = 1 << 20
+
+
+# --- Philox, written once --------------------------------------------------------------------------------------------
+
+
+def philox4x32(
+    counter: Sequence[Any],
+    keys: Sequence[tuple[Any, Any]],
+    mulhilo: Callable[[int, Any], tuple[Any, Any]],
+) -> tuple[Any, Any, Any, Any]:
+    """Four output words of Philox4x32 for a counter of four 32-bit lanes, one round for each pair of ``keys``.
+
+    A lane is anything with ``^`` for which ``mulhilo(constant, lane)`` gives the high and the low 32 bits of the
+    product: an array, a Python int, or a node of a traced program.
+
+    J. K. Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC'11, section 3.3.
+    """
+    c0, c1, c2, c3 = counter
+    for k0, k1 in keys:
+        hi0, lo0 = mulhilo(PHILOX_MULTIPLIERS[0], c0)
+        hi1, lo1 = mulhilo(PHILOX_MULTIPLIERS[1], c2)
+        c0, c1, c2, c3 = hi1 ^ c1 ^ k0, lo1, hi0 ^ c3 ^ k1, lo0
+    return c0, c1, c2, c3
+
+
+def round_keys(seed: int) -> list[tuple[int, int]]:
+    """The key of each round: the seed's two halves, each stepped by a constant modulo 2**32."""
+    low, high = seed & MASK32, seed >> 32
+    step0, step1 = PHILOX_KEY_STEPS
+    return [((low + r * step0) & MASK32, (high + r * step1) & MASK32) for r in range(PHILOX_ROUNDS)]
+
+
+def _mulhilo_unsigned(constant: int, lane: Any) -> tuple[Any, Any]:
+    product = lane * constant
+    return product >> 32, product & MASK32
+
+
+def _mulhilo_signed(constant: int, lane: Any) -> tuple[Any, Any]:
+    # The product of two 32-bit words may set the sign bit of an int64; the shift then copies it downwards.
+    product = lane * constant
+    return (product >> 32) & MASK32, product & MASK32
+
+
+# --- Words and keep masks --------------------------------------------------------------------------------------------
+
+
+def words(seed: int, stream: int, n: int, xp: Any = None, *, start_block: int = 0, device: Any = None) -> Any:
+    """``n`` random 32-bit words of a stream, as a one-dimensional uint32 array.
+
+    Element ``i`` is output word ``i % 4`` of the Philox4x32-10 block ``start_block + i // 4``.
+
+    Parameters
+    ----------
+    seed, stream : int
+        In [0, 2**64). Different pairs give independent words.
+    n : int
+        How many words.
+    xp : namespace, optional
+        An Array API namespace (``numpy``, ``cupy``, ``torch``, ``jax.numpy``, ``array_api_strict``); NumPy when
+        left out. The words are the same in each. A namespace whose 64-bit integers are missing or unproven (JAX
+        among them) has its words drawn by NumPy and converted.
+    start_block : int, optional
+        The block of the first word; four words to a block. Blocks run from 0 to 2**64 - 1.
+    device : optional
+        A device of ``xp``; its default device when left out. It is not used where NumPy draws the words.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For an argument that is no integer or is out of range.
+
+    Notes
+    -----
+    Source: Salmon et al., SC'11; the words are those of Random123's ``philox4x32``. NumPy's own ``Philox`` is the
+    64-bit variant (4x64) and gives other words.
+
+    Examples
+    --------
+    >>> import xpoptim as xo
+    >>> xo.random.words(seed=0, stream=0, n=5)
+    array([1713891541, 3781809549, 3159846988, 2600524760, 2424402592],
+          dtype=uint32)
+    >>> xo.random.words(seed=0, stream=0, n=1, start_block=1)
+    array([2424402592], dtype=uint32)
+    """
+    seed = checked_int("seed", seed, 2**64)
+    stream = checked_int("stream", stream, 2**64)
+    n = checked_int("n", n, 2**63)
+    start_block = checked_int("start_block", start_block, 2**64)
+    if start_block + _blocks(n) > 2**64:
+        raise ValueError(
+            f"start_block={start_block} leaves fewer than the {_blocks(n)} blocks that n={n} needs"
+        )
+
+    def convert(lib: Any, lane: Any) -> Any:
+        return lib.astype(lane, lib.uint32)
+
+    return _draw(convert, "uint32", seed, stream, n, start_block, _namespace(xp), device)
+
+
+def keep_mask(
+    seed: int, stream: int, shape: tuple[int, ...], ratio: float, *, xp: Any = None, device: Any = None
+) -> Any:
+    """A bool array, True where dropout keeps the element: where its word is at least :func:`threshold`."""
+    xp = _namespace(xp)
+    limit = threshold(ratio)
+
+    def convert(lib: Any, lane: Any) -> Any:
+        return lane >= limit  # lanes are 64 bits wide, so that 2**32 itself, which drops everything, fits
+
+    keep = _draw(convert, "bool", seed, stream, math.prod(shape), 0, xp, device)
+    return xp.reshape(keep, shape)
+
+
+def threshold(ratio: float) -> int:
+    """An element is dropped if its word is below this: ``round(ratio * 2**32)``, half to even."""
+    return round(ratio * 2**32)
+
+
+def _draw(
+    convert: Callable[[Any, Any], Any],
+    dtype: str,
+    seed: int,
+    stream: int,
+    n: int,
+    start_block: int,
+    xp: Any,
+    device: Any,
+) -> Any:
+    """``convert(lane)`` of ``n`` words, piece by piece, so that no temporary grows with ``n``."""
+    from array_api_compat import is_cupy_namespace, is_torch_namespace
+
+    if not _has_wrapping_products(xp):
+        on_host = _draw(convert, dtype, seed, stream, n, start_block, _namespace(None), None)
+        return xp.asarray(on_host)
+
+    # torch has no uint64 arithmetic; its int64 product wraps to the same bits.
+    signed = is_torch_namespace(xp)
+    mulhilo, lane_dtype = (_mulhilo_signed, xp.int64) if signed else (_mulhilo_unsigned, xp.uint64)
+    piece = PIECE_ON_GPU if is_cupy_namespace(xp) or "cuda" in str(device) else PIECE_ON_HOST
+    keys = round_keys(seed)
+    out = xp.empty(n, dtype=getattr(xp, dtype), device=device)
+    for first, stop in _pieces(start_block, start_block + _blocks(n), piece):
+        low, high = first & MASK32, first >> 32
+        block_low = xp.arange(low, low + (stop - first), dtype=lane_dtype, device=device)
+        counter = (block_low, high, stream & MASK32, stream >> 32)
+        lanes = [convert(xp, lane) for lane in philox4x32(counter, keys, mulhilo)]
+        begin = 4 * (first - start_block)
+        end = min(n, begin + 4 * (stop - first))
+        out[begin:end] = xp.reshape(xp.stack(lanes, axis=1), (-1,))[: end - begin]
+    return out
+
+
+def _blocks(n: int) -> int:
+    return (n + 3) // 4
+
+
+def _pieces(start: int, stop: int, piece: int) -> Iterator[tuple[int, int]]:
+    """Consecutive ranges of blocks. None crosses a multiple of 2**32: a piece has one high word, a plain int."""
+    while start < stop:
+        end = min(stop, (start // piece + 1) * piece)
+        yield start, end
+        start = end
+
+
+def _namespace(xp: Any) -> Any:
+    """``xp`` (NumPy if None) under Array API names, which torch's own module, for one, does not have."""
+    from array_api_compat import array_namespace
+
+    return array_namespace((np if xp is None else xp).empty(0))
+
+
+def _has_wrapping_products(xp: Any) -> bool:
+    """Whether ``xp`` multiplies 64-bit integers modulo 2**64. The standard leaves that open, hence a closed list."""
+    from array_api_compat import (
+        is_array_api_strict_namespace,
+        is_cupy_namespace,
+        is_numpy_namespace,
+        is_torch_namespace,
+    )
+
+    known = (is_numpy_namespace, is_cupy_namespace, is_torch_namespace, is_array_api_strict_namespace)
+    return any(is_known(xp) for is_known in known)
+
+
+# --- Seeds -----------------------------------------------------------------------------------------------------------
+
+MAX_LAYERS = 2**31
+
+_lock = threading.Lock()
+_global_seed: int | None = None
+_next_layer = 0
+
+
+def seed(s: int | None) -> None:
+    """Set the seed of every :class:`xpoptim.Dropout` that is created from now on without a seed of its own.
+
+    Each of them takes ``s`` and the next free layer number, from 0: two runs that create their layers in the same
+    order after the same ``seed(s)`` draw the same masks. Layers that exist already are left alone. The setting is
+    global to the process, for all threads.
+
+    Parameters
+    ----------
+    s : int or None
+        In [0, 2**64). None forgets the seed: layers draw theirs from the operating system again.
+
+    Examples
+    --------
+    >>> import xpoptim as xo
+    >>> xo.random.seed(7)
+    >>> xo.Dropout(0.2), xo.Dropout(0.5)
+    (Dropout(0.2, seed=7, layer=0), Dropout(0.5, seed=7, layer=1))
+    >>> xo.random.seed(None)
+    """
+    global _global_seed, _next_layer
+    checked = None if s is None else checked_int("s", s, 2**64)
+    with _lock:
+        _global_seed, _next_layer = checked, 0
+
+
+def claim_layer(layer: int | None = None) -> tuple[int, int]:
+    """(seed, layer) for a layer without a seed of its own.
+
+    Under a global seed, ``layer=None`` gets the next free number. A number that is given is taken as it is, and the
+    numbers handed out afterwards lie above it. Without a global seed: a fresh seed, and layer 0 if none is given.
+    """
+    global _next_layer
+    with _lock:
+        if _global_seed is None:
+            return secrets.randbits(64), layer or 0
+        number = _next_layer if layer is None else layer
+        if number >= MAX_LAYERS:
+            raise ValueError(
+                f"no layer number below {MAX_LAYERS} is free: call xpoptim.random.seed(s) to start again"
+            )
+        _next_layer = max(_next_layer, number + 1)
+        return _global_seed, number
+
+
+def checked_int(name: str, value: Any, stop: int) -> int:
+    """``value`` as an int in ``[0, stop)``; errors name the argument."""
+    allowed = f"an integer in [0, 2**{stop.bit_length() - 1})"
+    if isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name} must be {allowed}, not {value!r}")
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be {allowed}, not {value!r} of type {type(value).__name__}") from None
+    if not 0 <= number < stop:
+        raise ValueError(f"{name} must be {allowed}, not {number}")
+    return number

@@ -473,12 +473,11 @@ BAD_GRADIENTS = {
     "datetime": np.zeros((2, 3), "m8[s]"),
     "list": [[1.0] * 3] * 2,
     "string": "gradient",
-    "masked": np.ma.masked_array(np.ones((2, 3)), mask=True),
 }
 
 
 @pytest.mark.parametrize("fresh", [True, False])
-@pytest.mark.parametrize("kind", [kind for kind in BAD_GRADIENTS if kind != "masked"])
+@pytest.mark.parametrize("kind", BAD_GRADIENTS)
 def test_bad_gradients(engine: str, kind: str, fresh: bool) -> None:
     """At the first step and after one. 'W' is not the last leaf, so a careless check would have written to 'a'."""
     opt = make_optimizer("Adam")
@@ -500,7 +499,6 @@ BAD_PARAMS = {
     "structured": np.zeros(3, [("x", "f4")]),
     "int": 3,
     "True": True,
-    "complex": 1j,
     "None": None,
     "string": "W",
     "object()": object(),
@@ -510,8 +508,6 @@ BAD_PARAMS = {
 
 @pytest.mark.parametrize("kind", BAD_PARAMS)
 def test_bad_parameters(engine: str, kind: str) -> None:
-    if kind == "complex":
-        pytest.skip("whether a Python complex number is a leaf is not fixed")
     opt = make_optimizer("Adam")
     params = {"a": np.ones(2), "W": BAD_PARAMS[kind]}
     with refused(opt, {"a": params["a"]}, error=TypeError, names="params['W']"):
@@ -530,9 +526,7 @@ def test_a_complex_gradient_for_a_real_parameter(engine: str) -> None:
 def test_gradients_of_numbers(engine: str) -> None:
     """A Python float's gradient is a number; an integer array or an array with one axis is not."""
     opt, params = xo.SGD(), {"x": 1.0}
-    for bad in (1j, "1", True, np.ones(1), np.ones(3), np.int64(1) * np.ones(1, int), [1.0]):
-        if bad is True:
-            continue  # bool is an int to Python
+    for bad in (1j, "1", np.ones(1), np.ones(3), np.ones(1, int), [1.0]):
         with refused(opt, params, error=(TypeError, ValueError), names="x"):
             opt.update(params, {"x": bad})
 

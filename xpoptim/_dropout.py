@@ -6,8 +6,8 @@ Definition, for element ``i`` in C order and its word of :mod:`xpoptim.random`:
     train:   y = where(keep, x * scale, +0)     scale = 1            or 1 / (1 - ratio) if inverted
     test:    y = x * scale                      scale = 1 - ratio    or 1               if inverted
 
-The scale is computed in float64 and rounded once to the compute dtype: float32 for 16-bit types, else x's own real
-dtype. The product is rounded once to x's dtype.
+The scale is computed in float64 and rounded once to the compute dtype: float32 for 16-bit types, else x's
+own real dtype. The product is rounded once to x's dtype.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ COMPUTE_DTYPE = {
 PIECE = 1 << 16
 
 
-# --- The definition --------------------------------------------------------------------------------------------------
+# --- The definition -------------------------------------------------------------------------------------
 
 
 class _Settings(NamedTuple):
@@ -69,21 +69,21 @@ def _keep(xp: Any, device: Any, shape: tuple[int, ...], settings: _Settings, see
     return xp.broadcast_to(keep, shape) if shared else keep
 
 
-def _dropped(xp: Any, x: Any, keep: Any, scale: Any) -> Any:
-    """``where(keep, x * scale, +0)`` of a real ``x``, in its dtype; None stands for a mask, or a scale, of ones."""
+def _dropped(xp: Any, x: Any, keep: Any, scale: Any, zero: Any) -> Any:
+    """``where(keep, x * scale, +0)`` of a real ``x``, in its dtype. A mask or a scale of None is one of ones."""
     if scale is not None:
         x = xp.astype(xp.astype(x, scale.dtype, copy=False) * scale, x.dtype, copy=False)
-    return x if keep is None else xp.where(keep, x, xp.zeros_like(x[(0,) * x.ndim]))
+    return x if keep is None else xp.where(keep, x, zero)
 
 
-# --- The public form -------------------------------------------------------------------------------------------------
+# --- The public form ------------------------------------------------------------------------------------
 
 
 def dropout(x: Any, ratio: float, *, seed: int, stream: int, inverted: bool = False) -> Any:
     """Dropout in training, as a pure function: ``where(keep, x * scale, +0)``.
 
-    Element ``i`` of ``x``, in C order, is dropped if word ``i`` of ``(seed, stream)`` is below
-    ``round(ratio * 2**32)``. The map is linear in ``x``, so its gradient is the same call on the upstream gradient.
+    Element ``i`` of ``x``, in C order, is dropped if word ``i`` of ``(seed, stream)`` is below ``round(ratio
+    * 2**32)``. The map is linear in ``x``, so its gradient is the same call on the upstream gradient.
 
     Parameters
     ----------
@@ -126,13 +126,14 @@ class Dropout:
 
     ::
 
-        forward, training:  y = where(keep, x * scale, +0)    scale = 1, or 1 / (1 - dropout_ratio) if inverted
-        forward, test:      y = x * (1 - dropout_ratio), or x if inverted
-        backward:           dx = where(keep, dout * scale, +0)
+        forward, training:  y = where(keep, x * scale, +0)    scale = 1, or 1 / (1 - dropout_ratio) if
+        inverted forward, test:      y = x * (1 - dropout_ratio), or x if inverted backward:           dx =
+        where(keep, dout * scale, +0)
 
-    ``keep`` depends on the seed, the layer, the call and the shape alone: element ``i`` in C order is dropped if
-    word ``i`` of the stream ``layer << 32 | call`` (see :func:`xpoptim.random.words`) is below
-    ``round(dropout_ratio * 2**32)``. The mask is the same on every backend, and a dropped inf or NaN becomes 0.
+    ``keep`` depends on the seed, the layer, the call and the shape alone: element ``i`` in C order is
+    dropped if word ``i`` of the stream ``layer << 32 | call`` (see :func:`xpoptim.random.words`) is below
+    ``round(dropout_ratio * 2**32)``. The mask is the same on every backend, and a dropped inf or NaN becomes
+    0.
 
     Parameters
     ----------
@@ -141,35 +142,34 @@ class Dropout:
     inverted : bool
         Scale in training, so that a test forward returns x. May be reassigned.
     seed : int, optional
-        In [0, 2**64). Left out: that of :func:`xpoptim.random.seed`, if it was called, else one drawn from the
-        operating system, which ``repr`` shows.
+        In [0, 2**64). Left out: that of :func:`xpoptim.random.seed`, if it was called, else one drawn from
+        the operating system, which ``repr`` shows.
     layer : int, optional
-        In [0, 2**31): gives layers of one seed masks of their own. Left out: the next free number, if the seed is
-        that of :func:`xpoptim.random.seed`, else 0. Two layers of one explicit seed thus need a ``layer`` each.
+        In [0, 2**31): gives layers of one seed masks of their own. Left out: the next free number, if the
+        seed is that of :func:`xpoptim.random.seed`, else 0. Two layers of one explicit seed thus need a
+        ``layer`` each.
     broadcast_axes : int or tuple of int
-        Axes that share the mask (spatial dropout: ``(2, 3)`` drops whole channels of an N, C, H, W array). The
-        element index runs over the shape that has length 1 there. Negative axes count from the end. May be
-        reassigned.
+        Axes that share the mask (spatial dropout: ``(2, 3)`` drops whole channels of an N, C, H, W array).
+        The element index runs over the shape that has length 1 there. Negative axes count from the end. May
+        be reassigned.
 
     Attributes
     ----------
     call : int
-        The number of training forwards so far, which is the number of the latest: the first is call 1. A forward
-        of ratio 0 counts; a test forward does not.
+        The number of training forwards so far, which is the number of the latest: the first is call 1. A
+        forward of ratio 0 counts; a test forward does not.
     mask : array of bool
-        The mask of the latest training forward, True = kept, drawn anew on each access, in the namespace of that
-        forward's x.
+        The mask of the latest training forward, True = kept, drawn anew on each access, in the namespace of
+        that forward's x.
 
-    Notes
-    -----
-    Each array may be of any Array API namespace and layout, of float16, bfloat16, float32, float64, complex64 or
-    complex128, or a Python or NumPy scalar. A complex element is kept or dropped as a whole. Between forward and
-    backward the layer holds a few numbers, never an array.
+    Notes ----- Each array may be of any Array API namespace and layout, of float16, bfloat16, float32,
+    float64, complex64 or complex128, or a Python or NumPy scalar. A complex element is kept or dropped as a
+    whole. Between forward and backward the layer holds a few numbers, never an array.
 
-    Source: N. Srivastava et al., "Dropout: a simple way to prevent neural networks from overfitting", JMLR 15
-    (2014). The default, which scales at test time, is the paper's and that of K. Saito's *Deep Learning from
-    Scratch*; torch, Keras and Chainer use the inverted form. Theirs multiply by the mask, so that a dropped inf or
-    NaN stays NaN.
+    Source: N. Srivastava et al., "Dropout: a simple way to prevent neural networks from overfitting", JMLR
+    15 (2014). The default, which scales at test time, is the paper's and that of K. Saito's *Deep Learning
+    from Scratch*; torch, Keras and Chainer use the inverted form. Theirs multiply by the mask, so that a
+    dropped inf or NaN stays NaN.
 
     Examples
     --------
@@ -220,7 +220,8 @@ class Dropout:
         train_flg : bool, optional
             False scales for test, draws nothing and changes nothing.
         out : array, optional
-            Written and returned: of the shape, dtype, namespace and device of x. It may be x itself, or overlap it.
+            Written and returned: of the shape, dtype, namespace and device of x. It may be x itself, or
+            overlap it.
 
         Raises
         ------
@@ -257,9 +258,9 @@ class Dropout:
         RuntimeError
             Before the first training forward.
         ValueError
-            If ``dout`` has not the shape that x had. The shape of an earlier call is known if no forward since had
-            another; otherwise that of ``dout`` is trusted. If ratio, ``inverted`` or ``broadcast_axes`` were
-            changed after ``call``.
+            If ``dout`` has not the shape that x had. The shape of an earlier call is known if no forward
+            since had another; otherwise that of ``dout`` is trusted. If ratio, ``inverted`` or
+            ``broadcast_axes`` were changed after ``call``.
         """
         latest = self._known_latest("backward")
         call = self._call if call is None else random.checked_int("call", call, 2**32)
@@ -277,7 +278,7 @@ class Dropout:
         return xp.asarray(keep, copy=True) if latest.settings.axes else keep
 
     def state_dict(self) -> dict[str, Any]:
-        """The layer as plain data (numbers, strings, lists): enough to go on with its exact sequence of masks."""
+        """The layer as plain data (numbers, strings, lists), enough to go on with its sequence of masks."""
         return {
             "class": type(self).__name__,
             **_settings_dict(self._settings),
@@ -288,7 +289,7 @@ class Dropout:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where :meth:`state_dict` was taken: the next forward draws the mask that it would have drawn.
+        """Go on where :meth:`state_dict` was taken: the next forward draws the mask it would have drawn.
 
         Seed, layer and call are restored, and also ratio, ``inverted`` and ``broadcast_axes``, since the masks
         depend on them. What does not fit raises TypeError or ValueError and changes nothing.
@@ -296,16 +297,12 @@ class Dropout:
         name = type(self).__name__
         state = _checked_keys("state", state, self.state_dict())
         if state["class"] != name:
-            raise ValueError(
-                f"state['class'] is {state['class']!r}: this is the state of another class than {name}"
-            )
+            raise ValueError(f"state['class'] is {state['class']!r}: this is the state of another class than {name}")
         settings = _settings_from("state", state)
         seed = random.checked_int("state['seed']", state["seed"], 2**64)
         layer = random.checked_int("state['layer']", state["layer"], random.MAX_LAYERS)
         call = random.checked_int("state['call']", state["call"], 2**32)
-        latest = (
-            None if state["latest"] is None else _Latest.from_dict("state['latest']", state["latest"], call)
-        )
+        latest = None if state["latest"] is None else _Latest.from_dict("state['latest']", state["latest"], call)
         self._settings, self._seed, self._layer = settings, seed, layer
         self._call, self._latest = call, latest
 
@@ -352,7 +349,8 @@ class Dropout:
         super().__setattr__(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
-        # A device need not pickle, nor exist where the copy is read: the copy's mask goes to the default device.
+        # A device need not pickle, nor exist where the copy is read: the copy's mask goes to the default
+        # device.
         return {**self.__dict__, "_device": None}
 
     def __repr__(self) -> str:
@@ -370,13 +368,11 @@ class Dropout:
 
     def _known_latest(self, what: str) -> _Latest:
         if self._latest is None:
-            raise RuntimeError(
-                f"{what} needs a mask: call forward(x) in training mode (train_flg=True) first"
-            )
+            raise RuntimeError(f"{what} needs a mask: call forward(x) in training mode (train_flg=True) first")
         return self._latest
 
 
-# --- What is kept from forward to backward ---------------------------------------------------------------------------
+# --- What is kept from forward to backward --------------------------------------------------------------
 
 
 class _Latest(NamedTuple):
@@ -391,9 +387,7 @@ class _Latest(NamedTuple):
     settings_since: int
 
     @classmethod
-    def after(
-        cls, previous: _Latest | None, call: int, shape: tuple[int, ...], settings: _Settings
-    ) -> _Latest:
+    def after(cls, previous: _Latest | None, call: int, shape: tuple[int, ...], settings: _Settings) -> _Latest:
         shape = tuple(shape)
         same_shape = previous is not None and previous.shape == shape
         same_settings = previous is not None and previous.settings == settings
@@ -407,9 +401,9 @@ class _Latest(NamedTuple):
     def check(self, call: int, shape: tuple[int, ...]) -> None:
         if call < self.settings_since:
             raise ValueError(
-                f"dropout_ratio, inverted or broadcast_axes were changed after call {call}, so that its mask is no longer "
-                f"known: run the backward of a call before the forward that follows such a change "
-                f"(here call {self.settings_since})"
+                f"dropout_ratio, inverted or broadcast_axes were changed between call {call} and call "
+                f"{self.settings_since}, and the old values are not kept: run backward(dout, call={call}) "
+                "before the forward that follows such a change"
             )
         if call >= self.shape_since and tuple(shape) != self.shape:
             raise ValueError(
@@ -468,7 +462,7 @@ def _checked_keys(name: str, state: Any, pattern: Mapping[str, Any]) -> Mapping[
     return state
 
 
-# --- The arrays ------------------------------------------------------------------------------------------------------
+# --- The arrays -----------------------------------------------------------------------------------------
 
 
 class _Leaf(NamedTuple):
@@ -513,17 +507,13 @@ def _check_out(name: str, x: Any, out: Any, xp: Any) -> None:
     if isinstance(out, np.generic) or not is_array_api_obj(out):
         raise TypeError(f"out must be a mutable array, not {type(out).__name__}")
     if is_jax_namespace(xp) or is_jax_namespace(array_namespace(out)):
-        raise TypeError(
-            "out must be a mutable array, but JAX arrays are immutable: use the value that is returned"
-        )
+        raise TypeError("out must be a mutable array, but JAX arrays are immutable: use the value that is returned")
     if array_namespace(out) is not xp:
         raise TypeError(f"out is of {array_namespace(out).__name__} but {name} is of {xp.__name__}")
     if out.dtype != x.dtype:
         raise TypeError(f"out has dtype {out.dtype} but {name} has dtype {x.dtype}: they must be equal")
     if tuple(out.shape) != tuple(x.shape):
-        raise ValueError(
-            f"out has shape {tuple(out.shape)} but {name} has shape {tuple(x.shape)}: they must be equal"
-        )
+        raise ValueError(f"out has shape {tuple(out.shape)} but {name} has shape {tuple(x.shape)}: they must be equal")
     if device(out) != device(x):
         raise ValueError(f"out is on {device(out)} but {name} is on {device(x)}: they must be on one device")
     if isinstance(out, np.ndarray) and not out.flags.writeable:
@@ -546,9 +536,10 @@ def _scale_and_drop(leaf: _Leaf, keep: Any, scale: float) -> Any:
     factor = _factor(leaf, scale)
     with np.errstate(all="ignore"):  # inf * 0 and overflow have the results of IEEE 754, without a warning
         for source, target in zip(_real_parts(xp, x), _real_parts(xp, out), strict=True):
+            zero = xp.zeros((), dtype=source.dtype, device=leaf.device)
             for piece in _pieces(tuple(x.shape)):
                 kept = None if keep is None else keep[piece]
-                target[piece] = _dropped(xp, source[piece], kept, factor)
+                target[piece] = _dropped(xp, source[piece], kept, factor, zero)
     return out
 
 
@@ -556,7 +547,10 @@ def _scale_and_drop_jax(leaf: _Leaf, keep: Any, scale: float) -> Any:
     import jax
 
     factor = _factor(leaf, scale)
-    parts = [_dropped(leaf.xp, part, keep, factor) for part in _real_parts(leaf.xp, leaf.x)]
+    parts = [
+        _dropped(leaf.xp, part, keep, factor, leaf.xp.zeros((), dtype=part.dtype))
+        for part in _real_parts(leaf.xp, leaf.x)
+    ]
     return parts[0] if len(parts) == 1 else jax.lax.complex(*parts)
 
 
@@ -567,7 +561,7 @@ def _factor(leaf: _Leaf, scale: float) -> Any:
 
 
 def _real_parts(xp: Any, x: Any) -> list[Any]:
-    """``x`` itself, or views of its real and imaginary parts: complex products would mix an inf into both parts."""
+    """``x`` itself, or views of its two real parts: a complex product would spread an inf over both."""
     return [xp.real(x), xp.imag(x)] if _dtype_name(x).startswith("complex") else [x]
 
 
@@ -606,10 +600,12 @@ def _may_overlap(xp: Any, a: Any, b: Any) -> bool:
 
 def _overlaps_itself(x: Any) -> bool:
     """True unless the strides nest, as those of every slice, transpose or reshape of an ordinary array do."""
-    strides = x.stride() if callable(getattr(x, "stride", None)) else getattr(x, "strides", None)
+    if hasattr(x, "stride"):  # torch counts strides in elements
+        strides, reach = x.stride(), 1
+    else:
+        strides, reach = getattr(x, "strides", None), getattr(x, "itemsize", 1)
     if strides is None or 0 in x.shape:
         return False
-    reach = 1 if callable(getattr(x, "stride", None)) else x.itemsize
     for stride, n in sorted((abs(s), n) for s, n in zip(strides, x.shape, strict=True) if n > 1):
         if stride < reach:
             return True
@@ -617,7 +613,7 @@ def _overlaps_itself(x: Any) -> bool:
     return False
 
 
-# --- Checks of arguments ---------------------------------------------------------------------------------------------
+# --- Checks of arguments --------------------------------------------------------------------------------
 
 
 def _checked_ratio(name: str, value: Any) -> float:
@@ -648,9 +644,7 @@ def _normalised(axes: tuple[int, ...], shape: tuple[int, ...]) -> set[int]:
     """Axes counted from the front, checked against the array's shape."""
     for axis in axes:
         if not -len(shape) <= axis < len(shape):
-            raise ValueError(
-                f"broadcast_axes={axes} names axis {axis}, but the array has shape {tuple(shape)}"
-            )
+            raise ValueError(f"broadcast_axes={axes} names axis {axis}, but the array has shape {tuple(shape)}")
     counted = {axis % len(shape) for axis in axes}
     if len(counted) != len(axes):
         raise ValueError(f"broadcast_axes={axes} names an axis of an array of shape {tuple(shape)} twice")

@@ -1,4 +1,4 @@
-"""Nested containers <-> flat lists of leaves; what a leaf is; layouts and overlaps.
+"""Nested containers <-> flat lists of leaves, and what a leaf may be.
 
 A leaf is an array of any Array API namespace, a NumPy scalar or a Python float. Its key is its
 path joined by dots, ``"encoder.0.W"``; a lone array's key is ``"param"``.
@@ -53,11 +53,15 @@ def pairs(params: Any, grads: Any) -> list[Leaf]:
     """
     leaves = list(_walk(params, grads, (), None, None))
     if not leaves:
-        raise ValueError(f"params is empty ({params!r}): give a dict, list or tuple with at least one array, or an array")
+        raise ValueError(
+            f"params is empty ({params!r}): give a dict, list or tuple with at least one array, or an array"
+        )
     seen: set[str] = set()
     for leaf in leaves:
         if leaf.key in seen:
-            raise ValueError(f"two paths in params have the key {leaf.key!r}: rename one (keys are paths joined by dots)")
+            raise ValueError(
+                f"two paths in params have the key {leaf.key!r}: rename one (keys are paths joined by dots)"
+            )
         seen.add(leaf.key)
     return leaves
 
@@ -82,7 +86,9 @@ def _gradient_of(grads: Any, key: Any, params: Any, path: tuple[str, ...]) -> An
     if grads is None or grads is ABSENT:
         return grads
     if not isinstance(grads, dict):
-        raise TypeError(f"{where('params', path)} is a dict but {where('grads', path)} is {_kind(grads)}: nest them alike")
+        raise TypeError(
+            f"{where('params', path)} is a dict but {where('grads', path)} is {_kind(grads)}: nest them alike"
+        )
     if key not in grads:
         known = ", ".join(map(str, grads)) or "none"
         raise ValueError(
@@ -212,7 +218,9 @@ def resolve_parameter(leaf: Leaf, *, writing: bool) -> None:
         return
     space = namespace_name(given)
     if space is None:
-        raise TypeError(f"{name} is {_kind(given)}: a parameter is an array of an Array API namespace, a NumPy scalar or a float")
+        raise TypeError(
+            f"{name} is {_kind(given)}: a parameter is an array of an Array API namespace, a NumPy scalar or a float"
+        )
     leaf.space, leaf.dtype = space, dtype_name(given)
     if leaf.dtype not in REAL_DTYPES and leaf.dtype not in COMPLEX_DTYPES:
         _bad_dtype(name, leaf.dtype, REAL_DTYPES + COMPLEX_DTYPES)
@@ -223,7 +231,11 @@ def resolve_parameter(leaf: Leaf, *, writing: bool) -> None:
         leaf.p = given
         _needs_home(leaf, writing)
     else:
-        leaf.p = given.view(np.ndarray) if isinstance(given, np.ndarray) and type(given) is not np.ndarray else detached(given)
+        leaf.p = (
+            given.view(np.ndarray)
+            if isinstance(given, np.ndarray) and type(given) is not np.ndarray
+            else detached(given)
+        )
         if writing and space == "numpy" and not leaf.p.flags.writeable:
             raise ValueError(f"{name} is read-only and cannot be updated in place: pass a writable copy, or use apply")
 
@@ -233,7 +245,8 @@ def _needs_home(leaf: Leaf, writing: bool) -> None:
     if writing and not isinstance(leaf.home, dict | list):
         place = "stands alone" if leaf.home is None else "stands in a tuple"
         raise TypeError(
-            f"{named('params', leaf.key)} is immutable ({type(leaf.given).__name__}) and {place}, so update cannot replace it: "
+            f"{named('params', leaf.key)} is immutable ({type(leaf.given).__name__}) and {place}, "
+            "so update cannot replace it: "
             "put it in a dict or list, or use params, state = opt.apply(params, grads, state)"
         )
 
@@ -282,121 +295,13 @@ def _number_gradient(leaf: Leaf, g: Any, name: str) -> Any:
     return xp.asarray(float(g) if not isinstance(g, complex) else g, dtype=leaf.p.dtype, device=device_of(leaf.p))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Layouts
+def replaced(leaf: Leaf) -> bool:
+    """Whether the leaf is a number or an immutable array, which `update` replaces in its container."""
+    return isinstance(leaf.given, float | np.generic) or not leaf.mutable
 
 
-def dense_alike(arrays: list[Any]) -> bool:
-    """Whether strided arrays fill their memory without gaps, and all in the same order.
-
-    Axes of length 1 do not count. Then element i in memory is the same element in each.
-    """
-    first = arrays[0]
-    if all(a.flags.c_contiguous for a in arrays) or all(a.flags.f_contiguous for a in arrays):
-        return True
-    shape = first.shape
-    axes = [k for k in range(len(shape)) if shape[k] != 1]
-    steps = [tuple(a.strides[k] // a.itemsize if a.itemsize else 0 for k in axes) for a in arrays]
-    if any(step != steps[0] for step in steps) or any(a.strides[k] % a.itemsize for a in arrays for k in axes):
-        return False
-    expected = 1
-    for step, length in sorted((steps[0][j], shape[k]) for j, k in enumerate(axes)):
-        if step != expected:
-            return False
-        expected *= length
-    return True
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Overlaps
-
-
-class _Extent:
-    """The memory of an array as NumPy sees it: an address with shape and strides, never dereferenced."""
-
-    def __init__(self, pointer: int, shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> None:
-        self.__array_interface__ = {
-            "data": (pointer, False),
-            "shape": shape,
-            "strides": strides,
-            "typestr": f"|V{itemsize}",
-            "version": 3,
-        }
-
-
-def extent(x: Any) -> np.ndarray | None:
-    """An array whose memory can be compared with `overlap`; None where the library does not say where it lies."""
-    if isinstance(x, np.ndarray):
-        return x
-    if hasattr(x, "data_ptr"):  # torch
-        size = x.element_size()
-        return _extent(x.data_ptr(), tuple(x.shape), tuple(s * size for s in x.stride()), size)
-    if hasattr(x, "__cuda_array_interface__"):  # CuPy
-        return _extent(x.data.ptr, x.shape, x.strides, x.itemsize)
-    inner = getattr(x, "_array", None)  # array-api-strict
-    return inner if isinstance(inner, np.ndarray) else None
-
-
-def _extent(pointer: int, shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> np.ndarray | None:
-    return np.asarray(_Extent(pointer, shape, strides, itemsize)) if pointer else None
-
-
-def overlap(a: np.ndarray, b: np.ndarray) -> bool:
-    """Whether two arrays share an element's memory. Exact, but for a bounded effort: what is not settled then counts."""
-    try:
-        return np.shares_memory(a, b, max_work=100_000)
-    except np.exceptions.TooHardError:
-        return True
-
-
-def bounds(a: np.ndarray) -> tuple[int, int]:
-    return np.lib.array_utils.byte_bounds(a)
-
-
-def overlapping_pair(arrays: list[tuple[str, np.ndarray]]) -> tuple[str, str] | None:
-    """The names of two arrays that share memory, if any do."""
-    spans = sorted((*bounds(a), i) for i, (_, a) in enumerate(arrays) if a.size)
-    active: list[tuple[int, int]] = []
-    for low, high, i in spans:
-        active = [(end, j) for end, j in active if end > low]
-        for _, j in active:
-            if overlap(arrays[i][1], arrays[j][1]):
-                first, second = sorted((i, j))
-                return arrays[first][0], arrays[second][0]
-        active.append((high, i))
-    return None
-
-
-class Written:
-    """The memory that a step writes, for the question whether a gradient lies in it."""
-
-    def __init__(self, arrays: list[np.ndarray]) -> None:
-        self._spans = sorted(((*bounds(a), i) for i, a in enumerate(arrays) if a.size), key=lambda s: s[0])
-        self._arrays = arrays
-        self._longest = max((high - low for low, high, _ in self._spans), default=0)
-        self._starts = [low for low, _, _ in self._spans]
-
-    def touches(self, g: np.ndarray) -> bool:
-        from bisect import bisect_left
-
-        if not g.size or not self._spans:
-            return False
-        low, high = bounds(g)
-        first = bisect_left(self._starts, low - self._longest)
-        for start, end, i in self._spans[first:]:
-            if start >= high:
-                return False
-            if end > low and overlap(self._arrays[i], g):
-                return True
-        return False
-
-
-def copied(x: Any) -> Any:
-    """A copy in memory of its own, in the same layout where the library can."""
-    if isinstance(x, np.ndarray):
-        return np.array(x, order="K", copy=True)
-    if hasattr(x, "clone"):
-        return x.clone()
-    if namespace_name(x) == "jax":
-        return x
-    return namespace(x).asarray(x, copy=True)
+def as_given(leaf: Leaf) -> Any:
+    """The new value in the form that the user gave: a float for a float, a NumPy scalar for one, else the array."""
+    if isinstance(leaf.given, np.generic):
+        return leaf.p[()]
+    return float(leaf.p) if isinstance(leaf.given, float) else leaf.p

@@ -2,40 +2,19 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
-import numpy as np
-
 from . import hyperparameters, options
-from .engines import reference
 from .engines.selection import selected
 from .errors import TraceError
-from .fusion.dtypes import COMPLEX_DTYPES, REAL_DTYPES, slot_dtype
-from .fusion.norm import add_in_order
-from .leaves import (
-    ABSENT,
-    Leaf,
-    Written,
-    copied,
-    device_of,
-    dtype_name,
-    extent,
-    named,
-    namespace,
-    namespace_name,
-    overlapping_pair,
-    pairs,
-    rebuilt,
-    resolve_gradient,
-    resolve_parameter,
-)
+from .fusion.dtypes import COMPLEX_DTYPES, REAL_DTYPES
+from .leaves import ABSENT, Leaf, as_given, pairs, rebuilt, replaced, resolve_parameter
 from .recipe import Recipe
 from .report import Report, Served
-
-State = dict[str, Any]
+from .state import State, check_same, copied_state, fresh_slots, plain_state, slots_for
+from .step import Step, check, check_memory, copy_overlapping_gradients, engine_for, finite_norm
 
 
 class Optimizer:
@@ -105,6 +84,12 @@ class Optimizer:
     _takes: ClassVar[tuple[str, ...]] = ()  # the keywords of the rule
     __signature__: ClassVar[inspect.Signature]
 
+    # Of the object; with leading underscores, so no hyperparameters.
+    _state: State
+    _cached_recipe: Recipe | None
+    _ready: Any  # an `engines.ready.Ready`: what the next step can start from
+    _verified: Any  # the parameters' places in memory that are known not to overlap
+
     # -----------------------------------------------------------------------------------------------------------------
     # The class: fields, slots and rule
 
@@ -135,11 +120,17 @@ class Optimizer:
         return tuple(cls.slots)
 
     @classmethod
+    def _slot_starts(cls) -> Mapping[str, Any]:
+        return cls.slots if isinstance(cls.slots, Mapping) else dict.fromkeys(cls.slots, 0.0)
+
+    @classmethod
     def _inspect_rule(cls) -> tuple[str, ...]:
         """The keywords of the rule, after a check that its arguments are what the class declares."""
         name = f"{cls.__name__}.rule"
         if not isinstance(inspect.getattr_static(cls, "rule"), staticmethod):
-            raise TraceError(f"{name} must be a @staticmethod: a rule is a pure function rule(xp, p, g, *slots, *, ...)")
+            raise TraceError(
+                f"{name} must be a @staticmethod: a rule is a pure function rule(xp, p, g, *slots, *, ...)"
+            )
         kinds = list(inspect.signature(cls.rule).parameters.values())
         arrays = [p.name for p in kinds if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
         keywords = tuple(p.name for p in kinds if p.kind is p.KEYWORD_ONLY)
@@ -147,11 +138,15 @@ class Optimizer:
             raise TraceError(f"{name} takes *args or **kwargs: name its arrays and, behind a *, its scalars")
         if len(arrays) != 3 + len(cls.slots):
             wanted = ", ".join(("xp", "p", "g", *cls._slot_names()))
-            raise TraceError(f"{name} takes ({', '.join(arrays)}) by position, but by its slots it must take ({wanted})")
+            raise TraceError(
+                f"{name} takes ({', '.join(arrays)}) by position, but by its slots it must take ({wanted})"
+            )
         for keyword in keywords:
             if keyword != "t" and keyword not in cls._fields:
                 known = ", ".join((*cls._fields, "t"))
-                raise TraceError(f"{name} takes {keyword!r}, which is no hyperparameter of {cls.__name__} (there are: {known})")
+                raise TraceError(
+                    f"{name} takes {keyword!r}, which is no hyperparameter of {cls.__name__} (there are: {known})"
+                )
         return keywords
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -160,7 +155,9 @@ class Optimizer:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         cls = type(self)
         if not hasattr(cls, "rule"):
-            raise TypeError(f"{cls.__name__} has no rule: use a subclass such as xpoptim.Adam, or define one with a rule")
+            raise TypeError(
+                f"{cls.__name__} has no rule: use a subclass such as xpoptim.Adam, or define one with a rule"
+            )
         try:
             bound = self.__signature__.bind(*args, **kwargs)
         except TypeError as error:
@@ -215,12 +212,13 @@ class Optimizer:
     def __copy__(self) -> Optimizer:
         """A copy with a state of its own: two optimizers must not step the same slots."""
         new = object.__new__(type(self))
-        new.__setstate__(self.__getstate__() | {"_state": _copied_state(self._state)})
+        new.__setstate__(self.__getstate__() | {"_state": copied_state(self._state)})
         return new
 
     @property
     def _recipe(self) -> Recipe:
-        if self._cached_recipe is None:
+        recipe = self._cached_recipe
+        if recipe is None:
             recipe = Recipe(
                 name=f"{type(self).__name__}.rule",
                 rule=type(self).rule,
@@ -233,8 +231,9 @@ class Optimizer:
             )
             ready = self._ready
             # The same recipe keeps the same object, so that "has anything changed?" is one comparison.
-            object.__setattr__(self, "_cached_recipe", ready.recipe if ready and ready.recipe == recipe else recipe)
-        return self._cached_recipe
+            recipe = ready.recipe if ready is not None and ready.recipe == recipe else recipe
+            object.__setattr__(self, "_cached_recipe", recipe)
+        return recipe
 
     def _scalars(self, recipe: Recipe, step: int) -> list[float]:
         """The inputs of the scalar program at a step (0-based): t, then the hyperparameters in the recipe's order."""
@@ -278,10 +277,11 @@ class Optimizer:
         if ready is not None and self._again(ready, params, grads):
             return
         leaves = pairs(params, grads)
-        self._advance(leaves, self._state, writing=True)
+        step = self._advance(leaves, self._state, writing=True)
         for leaf in leaves:
-            if leaf.p is not leaf.given and _replaced(leaf):
-                leaf.home[leaf.index] = _as_given(leaf)
+            if replaced(leaf) and leaf.g is not None:
+                leaf.home[leaf.index] = as_given(leaf)
+        object.__setattr__(self, "_ready", step.ready())
 
     def init(self, params: Any) -> State:
         """A fresh state for ``params``, which it leaves alone.
@@ -293,7 +293,7 @@ class Optimizer:
         leaves = pairs(params, ABSENT)
         for leaf in leaves:
             resolve_parameter(leaf, writing=False)
-        return {"step": 0, "slots": self._fresh_slots(leaves)}
+        return {"step": 0, "slots": fresh_slots(self._slot_starts(), leaves)}
 
     def apply(self, params: Any, grads: Any, state: State) -> tuple[Any, State]:
         """One step without side effects: new parameters and a new state; the arguments stay as they are.
@@ -309,111 +309,29 @@ class Optimizer:
         ((array([0.5]), 2.5), 1)
         """
         leaves = pairs(params, grads)
-        state = _copied_state(_plain_state(type(self), state))
+        state = copied_state(plain_state(type(self).__name__, self._slot_names(), state))
         self._advance(leaves, state, writing=False)
-        return rebuilt(params, iter([_as_given(leaf) for leaf in leaves])), state
+        return rebuilt(params, iter([as_given(leaf) for leaf in leaves])), state
 
-    def _advance(self, leaves: list[Leaf], state: State, *, writing: bool) -> None:
-        """One step over resolved leaves: every check, then every write. Only this method changes a state."""
+    def _advance(self, leaves: list[Leaf], state: State, *, writing: bool) -> Step:
+        """One step over leaves: every check, then every write. Only this method and `_again` change a state."""
         recipe = self._recipe
-        self._check(leaves, writing)
-        slots = self._slots_for(leaves, state)
-        self._verify_memory(leaves, writing)
-        values = self._scalars(recipe, state["step"])
-        fused, others = _divided(recipe, leaves)
-        _trace_all(recipe, others)
-        plan = self._plan(recipe, fused)
-        if recipe.reductions:
-            values.append(self._norm(recipe, leaves, fused, others, plan, values))
+        check(leaves, writing=writing)
+        slots = slots_for(type(self).__name__, self._slot_starts(), leaves, state)
+        if writing:
+            object.__setattr__(self, "_verified", check_memory(leaves, self._verified))
+        copy_overlapping_gradients(leaves)
+        step = Step(recipe, leaves, self._scalars(recipe, state["step"]))
         state["slots"] = slots
-        if plan is not None:
-            plan.run(values)
-        scalars = dict(zip(recipe.inputs, values, strict=True))
-        for leaf in others:
-            reference.step(recipe, leaf, scalars)
-            for name, value in zip(recipe.slots, leaf.slots, strict=True):
-                slots[name][leaf.key] = value
+        step.run()
+        for k, name in enumerate(recipe.slots):
+            for leaf in step.others:
+                slots[name][leaf.key] = leaf.slots[k]
         state["step"] += 1
-        if writing:
-            self._remember(recipe, leaves, fused, plan)
-
-    def _check(self, leaves: list[Leaf], writing: bool) -> None:
-        for leaf in leaves:
-            resolve_parameter(leaf, writing=writing)
-            resolve_gradient(leaf)
-            if not writing and leaf.p is not None and _replaced(leaf) is False:
-                leaf.p = copied(leaf.p)
-
-    def _fresh_slots(self, leaves: list[Leaf]) -> dict[str, dict[str, Any]]:
-        starts = self.slots if isinstance(self.slots, Mapping) else dict.fromkeys(self.slots, 0.0)
-        return {name: {leaf.key: _started(start, leaf, name) for leaf in leaves} for name, start in starts.items()}
-
-    def _slots_for(self, leaves: list[Leaf], state: State) -> dict[str, dict[str, Any]]:
-        """The slots of the state, checked against the leaves and handed to them; fresh ones before the first step."""
-        slots = state["slots"]
-        if not slots and self._slot_names() and state["step"] == 0:
-            slots = self._fresh_slots(leaves)
-        _check_known(type(self).__name__, leaves, slots, self._slot_names())
-        for leaf in leaves:
-            leaf.slots = [_fitting(slots[name][leaf.key], leaf, name) for name in self._slot_names()]
-        # A slot that was brought to its parameter's namespace is a new array: the state will be told.
-        for k, name in enumerate(self._slot_names()):
-            if any(leaf.slots[k] is not slots[name][leaf.key] for leaf in leaves):
-                slots = slots | {name: {leaf.key: leaf.slots[k] for leaf in leaves}}
-        return slots
-
-    def _verify_memory(self, leaves: list[Leaf], writing: bool) -> None:
-        """Refuse parameters that share memory; copy gradients that lie in memory to be written."""
-        parameters = [(leaf, extent(leaf.p)) for leaf in leaves if leaf.mutable]
-        written = [(named("params", leaf.key), memory) for leaf, memory in parameters if memory is not None]
-        if writing:
-            key = tuple((a.ctypes.data, a.shape, a.strides) for _, a in written)
-            if key != self._verified:
-                _refuse_identical(leaves)
-                pair = overlapping_pair(written)
-                if pair:
-                    raise ValueError(
-                        f"{pair[0]} and {pair[1]} share memory: pass one of them, or copies "
-                        "(an update of the one would change the other)"
-                    )
-                object.__setattr__(self, "_verified", key)
-        slots = [extent(slot) for leaf in leaves if leaf.mutable for slot in leaf.slots]
-        memory = Written([a for _, a in written] + [a for a in slots if a is not None])
-        for leaf in leaves:
-            place = extent(leaf.g) if leaf.g is not None else None
-            if place is not None and memory.touches(place):
-                leaf.g = copied(leaf.g)
-
-    def _plan(self, recipe: Recipe, fused: list[Leaf]) -> Any:
-        if not fused:
-            return None
-        from .engines.cpu import Plan
-
-        return Plan(recipe, fused)
-
-    def _norm(
-        self, recipe: Recipe, leaves: list[Leaf], fused: list[Leaf], others: list[Leaf], plan: Any, values: list[float]
-    ) -> float:
-        scalars = dict(zip(recipe.inputs, values, strict=False))
-        sums: dict[str, float] = {}
-        if plan is not None:
-            odd = {i: x.g for i, x in enumerate(fused) if x.g is not None and not x.g.flags.c_contiguous}
-            sums = dict(zip((x.key for x in fused), plan.squares(values, odd).tolist(), strict=True))
-        sums |= {leaf.key: reference.squares_sum(recipe, leaf, scalars) for leaf in others}
-        return _finite_norm([leaf.key for leaf in leaves], sums)
-
-    def _remember(self, recipe: Recipe, leaves: list[Leaf], fused: list[Leaf], plan: Any) -> None:
-        """Keep the plan for the next step, if every leaf was one plain array after the other."""
-        object.__setattr__(self, "_ready", None)
-        if plan is None or len(fused) != len(leaves) or selected() == "reference":
-            return
-        from .engines.ready import Ready
-
-        if Ready.possible(leaves):
-            object.__setattr__(self, "_ready", Ready(recipe, plan, leaves))
+        return step
 
     def _again(self, ready: Any, params: Any, grads: Any) -> bool:
-        """The step over arrays that are what they were at the last one: no checks but `Ready`'s. False: do it in full."""
+        """The step over arrays that are what they were at the last one, checked by `Ready`. False: do it in full."""
         recipe = self._recipe
         if recipe is not ready.recipe or selected() == "reference":
             return False
@@ -424,7 +342,7 @@ class Optimizer:
         values = self._scalars(recipe, state["step"])
         if recipe.reductions:
             sums = ready.plan.squares(values, ready.odd(columns))
-            values.append(_finite_norm(ready.keys, dict(zip(ready.keys, sums.tolist(), strict=True))))
+            values.append(finite_norm(ready.keys, dict(zip(ready.keys, sums.tolist(), strict=True))))
         ready.plan.run(values)
         state["step"] += 1
         return True
@@ -444,7 +362,7 @@ class Optimizer:
         step = self._state["step"]
         name = type(self).__name__
         values = {n: hyperparameters.at(name, n, getattr(self, n), step) for n in (*self._fields, *self._options)}
-        return {"class": name, "hyperparameters": values, **_copied_state(self._state)}
+        return {"class": name, "hyperparameters": values, **copied_state(self._state)}
 
     def load_state_dict(self, d: Mapping[str, Any]) -> None:
         """Restore a state made by `state_dict`; the hyperparameters stay as they are.
@@ -466,9 +384,9 @@ class Optimizer:
             raise TypeError(f"{name}.load_state_dict takes the dict that state_dict made, not {type(d).__name__}")
         if d.get("class") != name:
             raise ValueError(f"this state dict is of {d.get('class')!r}, not of {name!r}: load it into that optimizer")
-        state = _copied_state(_plain_state(type(self), d))
+        state = copied_state(plain_state(type(self).__name__, self._slot_names(), d))
         if self._state["slots"]:
-            _check_same(self._state["slots"], state["slots"])
+            check_same(self._state["slots"], state["slots"])
         object.__setattr__(self, "_state", state)
         object.__setattr__(self, "_ready", None)
 
@@ -486,9 +404,9 @@ class Optimizer:
         x    fused   a Python float, through an array of its own; replaced in its container
         """
         leaves = pairs(params, ABSENT if grads is None else grads)
-        self._check(leaves, writing=True)
-        self._slots_for(leaves, self._state)
-        return Report(Served(leaf.key, *_engine_for(self._recipe, leaf, grads is not None)) for leaf in leaves)
+        check(leaves, writing=True)
+        slots_for(type(self).__name__, self._slot_starts(), leaves, self._state)
+        return Report(Served(leaf.key, *engine_for(self._recipe, leaf, grads is not None)) for leaf in leaves)
 
     def source(self, kind: str, dtype: str = "float32", grad_dtype: str | None = None) -> Source:
         """The traced program (``"graph"``) or the code made of it (``"llvm"``) for one parameter dtype, as text.
@@ -510,7 +428,7 @@ class Optimizer:
         """
         from .fusion.llvm import assembly
 
-        writers = {"graph": str, "llvm": assembly}
+        writers: dict[str, Callable[[Any], str]] = {"graph": str, "llvm": assembly}
         if kind not in writers:
             raise ValueError(f"source takes {' or '.join(map(repr, writers))}, not {kind!r}")
         for given in (dtype, grad_dtype or dtype):
@@ -525,181 +443,3 @@ class Source(str):
 
     def __repr__(self) -> str:
         return str(self)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Leaves and states
-
-
-def _divided(recipe: Recipe, leaves: list[Leaf]) -> tuple[list[Leaf], list[Leaf]]:
-    """The leaves for the fused engine, and those with a gradient for the reference engine."""
-    engine = selected()
-    fused, others = [], []
-    for leaf in leaves:
-        reason = _obstacle(recipe, leaf)
-        if reason and engine == "fused" and leaf.g is not None:
-            raise ValueError(f'{named("params", leaf.key)} cannot take the fused path: {reason} (xo.engine("auto") allows it)')
-        if not reason and engine != "reference":
-            fused.append(leaf)
-        elif leaf.g is not None:
-            others.append(leaf)
-    return fused, others
-
-
-def _obstacle(recipe: Recipe, leaf: Leaf) -> str:
-    if not recipe.fused:
-        return f"{recipe.name} says fused = False: it is plain Array API code"
-    if leaf.space != "numpy":
-        return f"there is no fused engine for {leaf.space} arrays"
-    from .engines.cpu import obstacle
-
-    return obstacle(leaf)
-
-
-def _engine_for(recipe: Recipe, leaf: Leaf, with_gradient: bool) -> tuple[str, str]:
-    if with_gradient and leaf.g is None:
-        return "none", "its gradient is None: left as it is"
-    if selected() == "reference":
-        return "reference", 'chosen by xo.engine("reference") or XPOPTIM_ENGINE'
-    reason = _obstacle(recipe, leaf)
-    if reason:
-        return "reference", reason
-    if _replaced(leaf):
-        kind = "a Python float" if isinstance(leaf.given, float) and not isinstance(leaf.given, np.generic) else "a NumPy scalar"
-        return "fused", f"{kind}, through an array of its own; replaced in its container"
-    return "fused", "dense NumPy arrays of equal layout"
-
-
-def _trace_all(recipe: Recipe, leaves: list[Leaf]) -> None:
-    """Trace the rule for leaves that no kernel is made for: what cannot be traced is an error on every engine."""
-    if not recipe.fused or not leaves:
-        return
-    for dtype, g_dtype in {(leaf.dtype, leaf.g_dtype) for leaf in leaves}:
-        recipe.programs(dtype, g_dtype)
-
-
-def _replaced(leaf: Leaf) -> bool:
-    """Whether the leaf is a number or an immutable array, which `update` replaces in its container."""
-    return isinstance(leaf.given, float | np.generic) or not leaf.mutable
-
-
-def _as_given(leaf: Leaf) -> Any:
-    """The new value in the form that the user gave: a float for a float, a NumPy scalar for one, else the array."""
-    if isinstance(leaf.given, np.generic):
-        return leaf.p[()]
-    return float(leaf.p) if isinstance(leaf.given, float) else leaf.p
-
-
-def _started(start: Any, leaf: Leaf, name: str) -> Any:
-    """A slot's first value, in the slot's dtype and the parameter's shape, layout and device."""
-    xp = namespace(leaf.p)
-    dtype = getattr(xp, slot_dtype(leaf.dtype))
-    value = start(leaf.p) if callable(start) else start
-    zeros = np.zeros_like(leaf.p, dtype=dtype, order="K") if leaf.space == "numpy" else xp.zeros_like(leaf.p, dtype=dtype)
-    if isinstance(value, int | float) and value == 0:
-        return zeros
-    if not hasattr(value, "shape"):
-        return xp.full_like(zeros, value)
-    if tuple(value.shape) not in ((), tuple(leaf.p.shape)):
-        raise ValueError(
-            f"slot {name!r} of {named('params', leaf.key)} starts with shape {tuple(value.shape)}, "
-            f"but the parameter has shape {tuple(leaf.p.shape)}"
-        )
-    if not leaf.mutable:
-        return xp.astype(xp.broadcast_to(value, leaf.p.shape), dtype)
-    zeros[...] = xp.astype(xp.asarray(value), dtype)
-    return zeros
-
-
-def _check_known(owner: str, leaves: list[Leaf], slots: dict[str, dict[str, Any]], names: tuple[str, ...]) -> None:
-    """The set of keys is fixed by the first step."""
-    keys = {leaf.key for leaf in leaves}
-    for name in names:
-        known = set(slots.get(name, ()))
-        if keys != known:
-            added, lost = sorted(keys - known), sorted(known - keys)
-            change = "; ".join(f"{what} {', '.join(k)}" for what, k in (("new:", added), ("missing:", lost)) if k)
-            raise ValueError(
-                f"the parameters are not those of {owner}'s state ({change}): they are fixed by the first step; "
-                "make a new optimizer for another set"
-            )
-
-
-def _fitting(slot: Any, leaf: Leaf, name: str) -> Any:
-    """The slot as an array beside its parameter, if it fits."""
-    place = f"slot {name!r} of {named('params', leaf.key)}"
-    if not hasattr(slot, "shape"):
-        raise ValueError(f"{place} is {type(slot).__name__}, not an array: the state was changed or is of another optimizer")
-    if tuple(slot.shape) != tuple(leaf.p.shape) or dtype_name(slot) != slot_dtype(leaf.dtype):
-        raise ValueError(
-            f"{place} has shape {tuple(slot.shape)} and dtype {dtype_name(slot)}, but the parameter asks for shape "
-            f"{tuple(leaf.p.shape)} and dtype {slot_dtype(leaf.dtype)}: shapes and dtypes are fixed by the first step"
-        )
-    space = namespace_name(slot)
-    if space == leaf.space:
-        if space != "numpy" and device_of(slot) != device_of(leaf.p):
-            raise ValueError(f"{place} is on {device_of(slot)} but the parameter is on {device_of(leaf.p)}")
-        return slot
-    if space != "numpy":
-        raise ValueError(f"{place} is a {space} array but the parameter is a {leaf.space} array: the namespace is fixed by the first step")
-    return namespace(leaf.p).asarray(np.array(slot), dtype=getattr(namespace(leaf.p), dtype_name(slot)), device=device_of(leaf.p))
-
-
-def _refuse_identical(leaves: list[Leaf]) -> None:
-    """One mutable array under two keys, also where the library does not tell where its memory lies."""
-    seen: dict[int, str] = {}
-    for leaf in leaves:
-        if leaf.mutable and not _replaced(leaf):
-            if id(leaf.given) in seen and leaf.given.shape != () and 0 not in leaf.given.shape:
-                first, second = named("params", seen[id(leaf.given)]), named("params", leaf.key)
-                raise ValueError(f"{first} and {second} are the same array: they share memory; pass it once")
-            seen[id(leaf.given)] = leaf.key
-
-
-def _finite_norm(keys: list[str], sums: dict[str, float]) -> float:
-    """The global norm from each leaf's sum of squares; an error that names the first bad leaf if it is not finite."""
-    total = add_in_order([sums[key] for key in sorted(sums)])
-    if not np.isfinite(total):
-        bad = next((key for key in keys if not np.isfinite(sums.get(key, 0.0))), None)
-        place = f"{named('grads', bad)} holds inf or NaN, or values too large to square" if bad else "their sum overflows"
-        raise FloatingPointError(f"the norm of the gradients is {np.sqrt(total)}: {place}; nothing was changed")
-    return float(np.sqrt(total))
-
-
-def _plain_state(owner: type[Optimizer], state: Any) -> State:
-    """A state as it should be, or a clear error."""
-    name, slots = owner.__name__, owner._slot_names()
-    if not isinstance(state, Mapping) or "step" not in state or "slots" not in state:
-        raise ValueError(f"{name}: this is no optimizer state: it needs the entries 'step' and 'slots' (see init)")
-    step = state["step"]
-    if isinstance(step, bool) or not isinstance(step, int | np.integer) or step < 0:
-        raise ValueError(f"{name}: the state's step is {step!r}: it must be an int of at least 0")
-    if not isinstance(state["slots"], Mapping) or (set(state["slots"]) != set(slots) and (state["slots"] or step)):
-        found = ", ".join(state["slots"]) if isinstance(state["slots"], Mapping) else type(state["slots"]).__name__
-        raise ValueError(f"the state has slots {found or 'none'}, but {name} has {', '.join(slots) or 'none'}: it is of another optimizer")
-    if any(set(state["slots"][n]) != set(state["slots"][slots[0]]) for n in state["slots"]):
-        raise ValueError(f"{name}: the slots of this state have different keys")
-    return {"step": int(step), "slots": {n: dict(state["slots"][n]) for n in slots if n in state["slots"]}}
-
-
-def _copied_state(state: State) -> State:
-    return copy.deepcopy({k: v for k, v in state.items() if k != "slots"}) | {
-        "slots": {name: {key: copied(a) for key, a in arrays.items()} for name, arrays in state["slots"].items()}
-    }
-
-
-def _check_same(old: dict[str, dict[str, Any]], new: dict[str, dict[str, Any]]) -> None:
-    """Two sets of slots must have the same keys, shapes and dtypes."""
-    for name in old:
-        if set(old[name]) != set(new.get(name, ())):
-            raise ValueError(
-                f"the state dict has slot {name!r} for {', '.join(sorted(new.get(name, ()))) or 'nothing'}, "
-                f"but this optimizer has it for {', '.join(sorted(old[name]))}"
-            )
-        for key, a in old[name].items():
-            b = new[name][key]
-            if tuple(a.shape) != tuple(b.shape) or dtype_name(a) != dtype_name(b):
-                raise ValueError(
-                    f"slot {name!r} of {key!r} has shape {tuple(b.shape)} and dtype {dtype_name(b)} in the state dict, "
-                    f"but shape {tuple(a.shape)} and dtype {dtype_name(a)} in this optimizer"
-                )

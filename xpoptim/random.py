@@ -1,15 +1,16 @@
 """Random words from a counter: the same on every backend, with no state to carry.
 
-Philox4x32-10 turns a 128-bit counter and a 64-bit key into four 32-bit words. Word ``i`` of a stream depends on
-``(seed, stream, i)`` alone, so any part of it can be drawn again later, elsewhere, and in any order: this is what
-lets :class:`xpoptim.Dropout` keep no mask, and what makes its masks equal on NumPy, CuPy, torch and JAX.
+Philox4x32-10 turns a 128-bit counter and a 64-bit key into four 32-bit words. Word ``i`` of a stream depends
+on ``(seed, stream, i)`` alone, so any part of it can be drawn again later, elsewhere, and in any order: this
+is what lets :class:`xpoptim.Dropout` keep no mask, and what makes its masks equal on NumPy, CuPy, torch and
+JAX.
 
     key     = (seed low, seed high)
     counter = (block low, block high, stream low, stream high)
     word i  = output word i % 4 of block i // 4
 
-Streams whose top bit is clear belong to dropout (``layer << 32 | call``), those whose top bit is set to stochastic
-rounding.
+Streams whose top bit is clear belong to dropout (``layer << 32 | call``), those whose top bit is set to
+stochastic rounding.
 """
 
 from __future__ import annotations
@@ -30,13 +31,14 @@ PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 PHILOX_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 PHILOX_ROUNDS = 10
 
-# Blocks drawn at once: 128 KiB a lane, so that the dozen lanes alive in a round stay in a core's second-level cache.
-# On a GPU each operation is a launch, which larger pieces repay. Both divide 2**32: see _pieces.
+# Blocks drawn at once: 128 KiB a lane, so that the dozen lanes alive in a round stay in a core's
+# second-level cache. On a GPU each operation is a launch, which larger pieces repay. Both divide 2**32: see
+# _pieces.
 PIECE_ON_HOST = 1 << 14
 PIECE_ON_GPU = 1 << 20
 
 
-# --- Philox, written once --------------------------------------------------------------------------------------------
+# --- Philox, written once -------------------------------------------------------------------------------
 
 
 def philox4x32(
@@ -44,10 +46,11 @@ def philox4x32(
     keys: Sequence[tuple[Any, Any]],
     mulhilo: Callable[[int, Any], tuple[Any, Any]],
 ) -> tuple[Any, Any, Any, Any]:
-    """Four output words of Philox4x32 for a counter of four 32-bit lanes, one round for each pair of ``keys``.
+    """Four output words of Philox4x32 for a counter of four 32-bit lanes, one round for each pair of
+    ``keys``.
 
-    A lane is anything with ``^`` for which ``mulhilo(constant, lane)`` gives the high and the low 32 bits of the
-    product: an array, a Python int, or a node of a traced program.
+    A lane is anything with ``^`` for which ``mulhilo(constant, lane)`` gives the high and the low 32 bits of
+    the product: an array, a Python int, or a node of a traced program.
 
     J. K. Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC'11, section 3.3.
     """
@@ -77,7 +80,7 @@ def _mulhilo_signed(constant: int, lane: Any) -> tuple[Any, Any]:
     return (product >> 32) & MASK32, product & MASK32
 
 
-# --- Words and keep masks --------------------------------------------------------------------------------------------
+# --- Words and keep masks -------------------------------------------------------------------------------
 
 
 def words(seed: int, stream: int, n: int, xp: Any = None, *, start_block: int = 0, device: Any = None) -> Any:
@@ -92,9 +95,9 @@ def words(seed: int, stream: int, n: int, xp: Any = None, *, start_block: int = 
     n : int
         How many words.
     xp : namespace, optional
-        An Array API namespace (``numpy``, ``cupy``, ``torch``, ``jax.numpy``, ``array_api_strict``); NumPy when
-        left out. The words are the same in each. A namespace whose 64-bit integers are missing or unproven (JAX
-        among them) has its words drawn by NumPy and converted.
+        An Array API namespace (``numpy``, ``cupy``, ``torch``, ``jax.numpy``, ``array_api_strict``); NumPy
+        when left out. The words are the same in each. A namespace whose 64-bit integers are missing or
+        unproven (JAX among them) has its words drawn by NumPy and converted.
     start_block : int, optional
         The block of the first word; four words to a block. Blocks run from 0 to 2**64 - 1.
     device : optional
@@ -105,10 +108,8 @@ def words(seed: int, stream: int, n: int, xp: Any = None, *, start_block: int = 
     TypeError, ValueError
         For an argument that is no integer or is out of range.
 
-    Notes
-    -----
-    Source: Salmon et al., SC'11; the words are those of Random123's ``philox4x32``. NumPy's own ``Philox`` is the
-    64-bit variant (4x64) and gives other words.
+    Notes ----- Source: Salmon et al., SC'11; the words are those of Random123's ``philox4x32``. NumPy's own
+    ``Philox`` is the 64-bit variant (4x64) and gives other words.
 
     Examples
     --------
@@ -124,9 +125,7 @@ def words(seed: int, stream: int, n: int, xp: Any = None, *, start_block: int = 
     n = checked_int("n", n, 2**63)
     start_block = checked_int("start_block", start_block, 2**64)
     if start_block + _blocks(n) > 2**64:
-        raise ValueError(
-            f"start_block={start_block} leaves fewer than the {_blocks(n)} blocks that n={n} needs"
-        )
+        raise ValueError(f"start_block={start_block} leaves fewer than the {_blocks(n)} blocks that n={n} needs")
 
     def convert(lib: Any, lane: Any) -> Any:
         return lib.astype(lane, lib.uint32)
@@ -192,7 +191,7 @@ def _blocks(n: int) -> int:
 
 
 def _pieces(start: int, stop: int, piece: int) -> Iterator[tuple[int, int]]:
-    """Consecutive ranges of blocks. None crosses a multiple of 2**32: a piece has one high word, a plain int."""
+    """Consecutive ranges of blocks. None crosses a multiple of 2**32, so that each has one high word, an int."""
     while start < stop:
         end = min(stop, (start // piece + 1) * piece)
         yield start, end
@@ -207,7 +206,7 @@ def _namespace(xp: Any) -> Any:
 
 
 def _has_wrapping_products(xp: Any) -> bool:
-    """Whether ``xp`` multiplies 64-bit integers modulo 2**64. The standard leaves that open, hence a closed list."""
+    """Whether ``xp`` multiplies 64-bit integers modulo 2**64; the standard leaves it open, hence a list."""
     from array_api_compat import (
         is_array_api_strict_namespace,
         is_cupy_namespace,
@@ -219,7 +218,7 @@ def _has_wrapping_products(xp: Any) -> bool:
     return any(is_known(xp) for is_known in known)
 
 
-# --- Seeds -----------------------------------------------------------------------------------------------------------
+# --- Seeds ----------------------------------------------------------------------------------------------
 
 MAX_LAYERS = 2**31
 
@@ -231,9 +230,9 @@ _next_layer = 0
 def seed(s: int | None) -> None:
     """Set the seed of every :class:`xpoptim.Dropout` that is created from now on without a seed of its own.
 
-    Each of them takes ``s`` and the next free layer number, from 0: two runs that create their layers in the same
-    order after the same ``seed(s)`` draw the same masks. Layers that exist already are left alone. The setting is
-    global to the process, for all threads.
+    Each of them takes ``s`` and the next free layer number, from 0: two runs that create their layers in the
+    same order after the same ``seed(s)`` draw the same masks. Layers that exist already are left alone. The
+    setting is global to the process, for all threads.
 
     Parameters
     ----------
@@ -257,8 +256,9 @@ def seed(s: int | None) -> None:
 def claim_layer(layer: int | None = None) -> tuple[int, int]:
     """(seed, layer) for a layer without a seed of its own.
 
-    Under a global seed, ``layer=None`` gets the next free number. A number that is given is taken as it is, and the
-    numbers handed out afterwards lie above it. Without a global seed: a fresh seed, and layer 0 if none is given.
+    Under a global seed, ``layer=None`` gets the next free number. A number that is given is taken as it is,
+    and the numbers handed out afterwards lie above it. Without a global seed: a fresh seed, and layer 0 if
+    none is given.
     """
     global _next_layer
     with _lock:
@@ -266,9 +266,7 @@ def claim_layer(layer: int | None = None) -> tuple[int, int]:
             return secrets.randbits(64), layer or 0
         number = _next_layer if layer is None else layer
         if number >= MAX_LAYERS:
-            raise ValueError(
-                f"no layer number below {MAX_LAYERS} is free: call xpoptim.random.seed(s) to start again"
-            )
+            raise ValueError(f"no layer number below {MAX_LAYERS} is free: call xpoptim.random.seed(s) to start again")
         _next_layer = max(_next_layer, number + 1)
         return _global_seed, number
 

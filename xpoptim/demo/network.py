@@ -115,8 +115,8 @@ class Network:
             if number < len(sizes) - 1:
                 self.layers.append(ReLU())
                 if dropout_ratio > 0:
-                    # One seed per layer: layers of equal width must not share their masks.
-                    self.layers.append(xo.Dropout(dropout_ratio, seed=seed + number))
+                    # Layers of one seed need a number each, or those of equal width would share their masks.
+                    self.layers.append(xo.Dropout(dropout_ratio, seed=seed, layer=number))
 
     def predict(self, x: Array, train_flg: bool = False) -> Array:
         """Scores, one row per image and one column per class."""

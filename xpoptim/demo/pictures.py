@@ -12,7 +12,8 @@ from matplotlib import patheffects
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter, PercentFormatter
 
-from xpoptim.demo.surface import START, height
+from xpoptim.demo import training
+from xpoptim.demo.surface import START, UPDATES, height
 from xpoptim.demo.training import Curve, Result
 
 # Okabe and Ito's palette: told apart with any kind of colour vision. One colour per optimizer everywhere.
@@ -90,7 +91,7 @@ def paths(file: Path, ways: dict[str, list[tuple[float, float]]]) -> None:
     with style():
         figure = Figure(figsize=(11, 8.2), layout="constrained")
         figure.suptitle(
-            "Four ways down z = x²/20 + y²  (30 updates from (−7, 2))", fontsize=16, weight="bold", x=0.01, ha="left"
+            f"Four ways down z = x²/20 + y²  ({UPDATES} updates from (−7, 2))", fontsize=16, weight="bold", x=0.01, ha="left"
         )
         panels = figure.subplots(2, 2, sharex=True, sharey=True)
         for axes, (title, points) in zip(panels.flat, ways.items(), strict=True):
@@ -147,18 +148,21 @@ def training_curves(file: Path, results: list[Result]) -> None:
         figure.savefig(file)
 
 
-def dropout_gap(file: Path, without: Curve, with_dropout: Curve, ratio: float, facts: str, right_labels: float) -> None:
-    """Training and test accuracy side by side, without and with Dropout; the gap between them is shaded.
-
-    `facts` is a line on the data, `right_labels` the share of training labels that are right.
-    """
+def dropout_gap(file: Path, without: Curve, with_dropout: Curve) -> None:
+    """Training and test accuracy, without Dropout and with it side by side; the gap between them is shaded."""
+    right_labels = 1 - training.WRONG_LABELS / training.SMALL_IMAGES
+    sizes = "-".join(map(str, training.DEEP_SIZES))
+    facts = (
+        f"A {sizes} network, Adam, {training.SMALL_IMAGES} training images of which "
+        f"{training.WRONG_LABELS} carry a wrong label on purpose; all test labels are right."
+    )
     train_colour, test_colour = COLOURS["Momentum"], COLOURS["Adam"]
     with style():
         figure = Figure(figsize=(12, 5.8), layout="constrained")
         figure.suptitle("Dropout against learning by heart\n", fontsize=16, weight="bold", x=0.01, ha="left")
         figure.text(0.01, 0.905, facts)
         panels = figure.subplots(1, 2, sharex=True, sharey=True)
-        titles = ("Without Dropout", f"With Dropout, ratio {ratio:g}")
+        titles = ("Without Dropout", f"With Dropout, ratio {training.DEEP_RATIO:g}")
         for axes, title, curve in zip(panels, titles, (without, with_dropout), strict=True):
             train, test = curve.train_accuracy, curve.test_accuracy
             axes.axhline(right_labels, color=FAINT, linewidth=1, linestyle=":")

@@ -10,6 +10,7 @@ from pathlib import Path
 from time import perf_counter
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
@@ -18,7 +19,7 @@ import xpoptim as xo
 from xpoptim.demo import DemoError, pictures, surface, training
 from xpoptim.demo.training import Backend, Curve, OnStep, Result
 
-PLAIN_WIDTH = 120  # columns, where the output is a file or a pipe that has no width of its own
+PLAIN_WIDTH = 110  # columns, where the output is a file or a pipe that has no width of its own
 
 
 def main_job(backend_name: str, seed: int, out: Path, steps: int) -> None:
@@ -29,21 +30,22 @@ def main_job(backend_name: str, seed: int, out: Path, steps: int) -> None:
     console = make_console()
     data = training.load_digits(backend.xp, seed)
     console.print(introduction(backend, data), highlight=False)
-    with show_progress(console, steps) as progress:
+    with progress_of(console, steps) as progress:
         results = []
         for entry in training.ENTRIES:
             with progress.task(entry.name, pictures.COLOURS[entry.name]) as on_step:
                 results.append(training.compare(backend, entry, data, seed, steps, on_step))
         curves = []
-        for title, ratio in (("without Dropout", 0.0), ("with Dropout", training.DEEP_RATIO)):
-            with progress.task(title, "none") as on_step:
+        for title, ratio in (("no Dropout", 0.0), (f"Dropout {training.DEEP_RATIO:g}", training.DEEP_RATIO)):
+            with progress.task(title, "default") as on_step:
                 curves.append(training.overfit(backend, ratio, seed, steps, on_step))
     console.print(table(results, backend))
-    console.print(reading(results, curves), highlight=False)
-    files = save_pictures(out, results, curves)
-    console.print(f"\nPictures, made in {perf_counter() - start:.0f} s in all:", highlight=False)
+    console.print(notes(results, backend), highlight=False)
+    with console.status("drawing the pictures"):
+        files = save_pictures(out, results, curves)
+    console.print(f"\nPictures ({perf_counter() - start:.0f} s in all):", highlight=False)
     for file in files:
-        console.print(f"  {file}", highlight=False, soft_wrap=True)
+        console.print(f"  {escape(str(file))}", highlight=False, soft_wrap=True)
 
 
 def make_folder(out: Path) -> None:
@@ -57,8 +59,7 @@ def make_folder(out: Path) -> None:
 
 
 def cannot_write(out: Path, error: OSError) -> DemoError:
-    reason = error.strerror or str(error)
-    return DemoError(f"cannot write pictures to {out} ({reason}): choose another folder with --out")
+    return DemoError(f"cannot write to {out} ({error.strerror or error}): choose another folder with --out")
 
 
 def make_console() -> Console:
@@ -68,67 +69,79 @@ def make_console() -> Console:
 
 def introduction(backend: Backend, data: training.Data) -> str:
     sizes = "-".join(map(str, training.SIZES))
-    where = f"{backend.name} {backend.xp.__version__}"
     return (
-        f"xpoptim {xo.__version__} on {where}: training a {sizes} network with Dropout "
-        f"{training.DROPOUT_RATIO:g}\non {len(data.y_train):,} handwritten digits, "
-        f"testing on {len(data.y_test)} others; mini-batches of {training.BATCH}."
+        f"xpoptim {xo.__version__} on {backend.name} {backend.xp.__version__}: a {sizes} network with Dropout "
+        f"{training.DROPOUT_RATIO:g} learns to read\n{len(data.y_train):,} handwritten digits and is tested on "
+        f"{len(data.y_test)} others; mini-batches of {training.BATCH}."
     )
 
 
 class Reporter:
-    """Progress of the trainings: live bars on a terminal, one line for each finished one elsewhere."""
+    """Progress of the trainings: live bars on a terminal, a line for each finished training elsewhere."""
 
     def __init__(self, console: Console, steps: int, bars: Progress | None) -> None:
         self.console, self.steps, self.bars = console, steps, bars
 
     @contextmanager
     def task(self, name: str, colour: str) -> Iterator[OnStep]:
-        latest = Curve()
-        task = None
-        if self.bars is not None:
-            style = "default" if colour == "none" else colour
-            task = self.bars.add_task(f"[{style}]{name}", total=self.steps, result="")
+        """A function that a training calls after each step."""
+        if self.bars is None:
+            yield self._line(name)
+        else:
+            yield self._bar(self.bars, name, colour)
+
+    def _bar(self, bars: Progress, name: str, colour: str) -> OnStep:
+        task = bars.add_task(f"[{colour}]{name}", total=self.steps, result="")
 
         def on_step(step: int, curve: Curve) -> None:
-            nonlocal latest
-            latest = curve
-            # Redrawing at every step would take part of the time that is being measured.
-            if self.bars is not None and task is not None and (step % 20 == 0 or step == self.steps):
-                self.bars.update(task, completed=step, result=summary(curve))
+            if step % 20 == 0 or step == self.steps:  # to redraw takes longer than to train a step
+                bars.update(task, completed=step, result=summary(curve), refresh=True)
 
-        yield on_step
-        if self.bars is None:
-            self.console.print(f"{name:<16} {self.steps} steps  {summary(latest)}", highlight=False)
+        return on_step
+
+    def _line(self, name: str) -> OnStep:
+        def on_step(step: int, curve: Curve) -> None:
+            if step == self.steps:
+                self.console.print(f"{name:<12} {step} steps  {summary(curve)}", highlight=False)
+
+        return on_step
 
 
 def summary(curve: Curve) -> str:
-    return f"loss {curve.loss[-1]:.4f}  test {curve.test_accuracy[-1]:6.2%}" if curve.steps else ""
+    return f"loss {curve.loss[-1]:.4f}  test {curve.test_accuracy[-1]:.1%}" if curve.steps else ""
 
 
 @contextmanager
-def show_progress(console: Console, steps: int) -> Iterator[Reporter]:
+def progress_of(console: Console, steps: int) -> Iterator[Reporter]:
+    """A `Reporter` that suits the console."""
     if not console.is_terminal:
         yield Reporter(console, steps, None)
         return
     columns = (
-        TextColumn("{task.description:<16}"),
-        BarColumn(bar_width=30),
+        TextColumn("{task.description:<12}"),
+        BarColumn(bar_width=28),
         TextColumn("{task.completed:>5.0f} steps"),
         TextColumn("{task.fields[result]}"),
         TimeElapsedColumn(),
     )
-    # No refresh thread of rich's: it would run in the middle of what is timed. Updates redraw by themselves.
+    # rich's own refresh thread would run in the middle of what is timed, so each redraw is asked for.
     with Progress(*columns, console=console, auto_refresh=False) as bars:
         yield Reporter(console, steps, bars)
 
 
 def table(results: list[Result], backend: Backend) -> Table:
     """One row per optimizer."""
-    fused = "fused" if backend.name == "numpy" else "xpoptim"
-    shown = Table(title="Handwritten digits, one row per optimizer", title_style="bold", title_justify="left")
-    shown.add_column("optimizer")
-    for heading in ("lr", "test accuracy", "train loss", "steps/s", f"{fused} µs", f"plain {backend.name} µs", "faster"):
+    headings = (
+        "learning\nrate",
+        "test\naccuracy",
+        "training\nloss",
+        "steps\na second",
+        f"update,\n{ours(backend)}",
+        f"update,\nplain {label(backend)}",
+        "times\nfaster",
+    )
+    shown = Table("\noptimizer")
+    for heading in headings:
         shown.add_column(heading, justify="right")
     best = max(result.curve.test_accuracy[-1] for result in results)
     for result in results:
@@ -137,10 +150,46 @@ def table(results: list[Result], backend: Backend) -> Table:
             Text(result.name, style=pictures.COLOURS[result.name]),
             f"{result.lr:g}",
             Text(f"{accuracy:.2%}", style="bold" if accuracy == best else ""),
-            f"{result.curve.loss[-1]:.5f}",
+            f"{result.curve.loss[-1]:.4f}",
             f"{result.steps_per_second:,.0f}",
-            f"{result.fused_us:,.1f}",
-            f"{result.plain_us:,.1f}",
-            f"{result.plain_us / result.fused_us:.1f} ×",
+            f"{result.fused_us:,.1f} µs",
+            f"{result.plain_us:,.1f} µs",
+            f"{result.plain_us / result.fused_us:.1f}",
         )
     return shown
+
+
+def label(backend: Backend) -> str:
+    return {"numpy": "NumPy", "cupy": "CuPy"}[backend.name]
+
+
+def ours(backend: Backend) -> str:
+    """What the optimizer's own column is called: only on NumPy is the fused engine insisted on."""
+    return "fused" if backend.name == "numpy" else "xpoptim"
+
+
+def notes(results: list[Result], backend: Backend) -> str:
+    """How to read the table's times."""
+    difference = max(result.difference for result in results)
+    threads = f", {xo.get_num_threads()} threads at most" if backend.name == "numpy" else ""
+    return (
+        f"Update: median time of one optimizer step over {results[0].parameters:,} parameters in "
+        f"{results[0].arrays} arrays{threads}. {ours(backend).capitalize()}\nand plain code got the same gradients in "
+        "the same run, in alternating order; the first step, which compiles,\nis left out. The parameters that the "
+        f"two reached differ by {difference:.1g} at most."
+    )
+
+
+def save_pictures(out: Path, results: list[Result], curves: list[Curve]) -> list[Path]:
+    """Draw the four pictures; their files."""
+    ways = {name: surface.path(optimizer) for name, optimizer in surface.optimizers().items()}
+    without, with_dropout = curves
+    files = [out / f"{name}.png" for name in ("surface", "paths", "training", "dropout")]
+    try:
+        pictures.surface(files[0])
+        pictures.paths(files[1], ways)
+        pictures.training_curves(files[2], results)
+        pictures.dropout_gap(files[3], without, with_dropout)
+    except OSError as error:
+        raise cannot_write(out, error) from error
+    return files

@@ -53,7 +53,7 @@ def open_backend(name: str) -> Backend:
     try:
         devices = cupy.cuda.runtime.getDeviceCount()
         if devices == 0:
-            raise RuntimeError("CUDA reports no device")
+            raise RuntimeError("CUDA finds none")
     except Exception as error:
         reason = " ".join(str(error).split())
         raise DemoError(
@@ -137,6 +137,8 @@ class Result:
     gradient_seconds: list[float] = field(default_factory=list)
     fused_seconds: list[float] = field(default_factory=list)
     plain_seconds: list[float] = field(default_factory=list)
+    parameters: int = 0
+    arrays: int = 0
     difference: float = 0.0  # largest between the parameters of the fused and the plain optimizer, at the end
 
     @property
@@ -185,6 +187,7 @@ def compare(backend: Backend, entry: Entry, data: Data, seed: int, steps: int, o
     # On NumPy insist on the fused engine, so that the table cannot call something else by that name.
     engine = "fused" if backend.name == "numpy" else "auto"
     result = Result(entry.name, entry.lr)
+    result.arrays, result.parameters = len(plain_params), sum(value.size for value in plain_params.values())
     measured = measured_steps(steps, logarithmic=True)
 
     def seconds(function: Callable[..., Any], *args: Any) -> float:

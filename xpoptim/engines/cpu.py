@@ -18,7 +18,8 @@ from ..fusion.dtypes import PART
 from ..fusion.llvm import HEADER, assembly
 from ..fusion.norm import CHUNK, fold
 from ..fusion.program import Program
-from ..leaves import Leaf, dense_alike
+from ..leaves import Leaf
+from ..memory import dense_alike
 from ..recipe import Recipe
 from . import threads
 
@@ -159,7 +160,7 @@ class Plan:
     def squares(self, inputs: list[float], odd: dict[int, Any]) -> np.ndarray:
         """The sum of squares of each leaf's loaded gradient, in the leaves' order.
 
-        ``odd`` holds the gradients that do not lie in C order; their elements are visited by a copy of a piece at a time.
+        ``odd`` holds the gradients that do not lie in C order; they are visited through copies of a piece at a time.
         """
         self._inputs[: len(inputs)] = inputs
         skipped = [(self._rows[i], self._table[self._rows[i], 0]) for i in odd]

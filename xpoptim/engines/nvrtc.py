@@ -32,8 +32,8 @@ from pathlib import Path
 # Strict IEEE 754: no contraction, no flushing of subnormals, correctly rounded division and square root.
 FLAGS = ("-fmad=false", "-ftz=false", "-prec-div=true", "-prec-sqrt=true", "--std=c++17")
 
-# Kernels take a table of pointers by value. From NVRTC 12.1 on the parameters may be of 32,764 bytes instead of
-# 4,096, and sm_70 (Volta) is the first architecture to read them in place.
+# Kernels take a table of pointers by value. NVRTC 12.1 is the first to allow 32,764 bytes of parameters, not
+# 4,096, and sm_70 (Volta) the first architecture to read them in place.
 OLDEST = (12, 1)
 OLDEST_ARCHITECTURE = 70
 

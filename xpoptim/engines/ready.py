@@ -40,9 +40,10 @@ class Ready:
             return None
         columns = [flat_leaves(params, self._names, count), flat_leaves(grads, self._names, count)]
         columns += [flat_leaves(slots.get(name), self.keys, count) for name in self.recipe.slots]
-        if any(column is None for column in columns) or not self._scanner.unchanged(tuple(columns)):
+        known = [column for column in columns if column is not None]
+        if len(known) != len(columns) or not self._scanner.unchanged(tuple(known)):
             return None
-        return columns
+        return known
 
     def odd(self, columns: list[Any]) -> dict[int, Any]:
         """The gradients that do not lie in C order."""

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from ..fusion.dtypes import COMPLEX_DTYPES, PART, compute_dtype
 from ..fusion.language import Functions, Value
 from ..fusion.norm import chunk_sums, fold
 from ..fusion.ops import BOOL, Op, Type
-from ..fusion.dtypes import COMPLEX_DTYPES, PART, compute_dtype
 from ..leaves import Leaf, device_of, dtype_name, namespace
 from ..recipe import Recipe
 

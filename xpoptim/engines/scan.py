@@ -263,7 +263,11 @@ class Scanner:
     """
 
     def __init__(
-        self, columns: list[list[Any]], cells: list[list[int]], lengths: list[tuple[int, int]], written: list[Any]
+        self,
+        columns: list[list[Any]],
+        cells: list[list[int]],
+        lengths: list[tuple[int, int]],
+        written: list[Any],
     ) -> None:
         leaves = len(columns[0])
         self._axes: list[np.ndarray] = []  # the records hold the addresses of these, and of these dtypes

@@ -35,8 +35,8 @@ def engine(name: str) -> Iterator[None]:
     """Choose the engine for the updates made inside the ``with`` block (in this thread or task).
 
     ``"auto"`` (the default) runs a fused kernel for every leaf that can have one and the reference for the others;
-    ``"reference"`` runs plain Array API operations; ``"fused"`` insists on kernels, and raises ``ValueError``, naming the
-    leaf and the reason, where there can be none. The results have the same bits. The environment
+    ``"reference"`` runs plain Array API operations; ``"fused"`` insists on kernels, and raises ``ValueError``,
+    naming the leaf and the reason, where there can be none. The results have the same bits. The environment
     variable ``XPOPTIM_ENGINE`` sets the default.
 
     >>> import numpy as np, xpoptim as xo

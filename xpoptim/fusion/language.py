@@ -133,7 +133,9 @@ class Value:
     # In place: `m += x` would change the caller's array in plain NumPy, so it is refused for arguments.
     def _in_place(self, sign: str) -> Any:
         if self.argument and not self.scalar:
-            self._refuse(f"writes to its argument {self.argument!r}: write {self.argument} = {self.argument} {sign} ...")
+            self._refuse(
+                f"writes to its argument {self.argument!r}: write {self.argument} = {self.argument} {sign} ..."
+            )
         return NotImplemented
 
     def __iadd__(self, other: Any) -> Any:
@@ -161,7 +163,9 @@ class Value:
         return self._in_place("^")
 
     def __setitem__(self, index: Any, value: Any) -> None:
-        self._refuse(f"writes to {self._who()}: a rule returns new values instead, for example xp.where(mask, new, old)")
+        self._refuse(
+            f"writes to {self._who()}: a rule returns new values instead, for example xp.where(mask, new, old)"
+        )
 
     # Everything that would need the numbers now.
     def _who(self) -> str:
@@ -182,7 +186,7 @@ class Value:
     def __float__(self) -> float:
         self._refuse(f"turns {self._who()} into a Python number (functions of `math` do): use the functions of xp")
 
-    __int__ = __index__ = __complex__ = __float__  # type: ignore[assignment]
+    __int__ = __index__ = __complex__ = __float__
 
     def __getitem__(self, index: Any) -> NoReturn:
         self._refuse(f"indexes {self._who()}: a fused rule is elementwise")
@@ -266,7 +270,7 @@ def apply(name: str, *operands: Any) -> Value:
 def power(base: Value, exponent: Any) -> Value:
     """``base**exponent``: repeated squaring for integers written out, or a scalar to an integer step count."""
     if isinstance(exponent, numbers.Real | np.floating | np.integer) and float(exponent).is_integer():
-        return _constant_power(base, int(exponent))
+        return _constant_power(base, int(float(exponent)))
     if isinstance(exponent, Value) and exponent.integral and base.scalar:
         return apply("power", base, exponent)
     base._refuse(

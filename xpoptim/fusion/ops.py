@@ -90,11 +90,31 @@ _ROWS = (
     _op("equal", _RR, BOOL, _infix(operator.eq), "{r} = fcmp oeq {T} {0}, {1}", "{0} == {1}", "=="),
     _op("not_equal", _RR, BOOL, _infix(operator.ne), "{r} = fcmp une {T} {0}, {1}", "{0} != {1}", "!="),
     _op(
-        "logical_and", _BB, BOOL, lambda xp, a, b: xp.logical_and(a, b), "{r} = and i1 {0}, {1}", "{0} && {1}", "&"
+        "logical_and",
+        _BB,
+        BOOL,
+        lambda xp, a, b: xp.logical_and(a, b),
+        "{r} = and i1 {0}, {1}",
+        "{0} && {1}",
+        "&",
     ),
-    _op("logical_or", _BB, BOOL, lambda xp, a, b: xp.logical_or(a, b), "{r} = or i1 {0}, {1}", "{0} || {1}", "|"),
     _op(
-        "logical_xor", _BB, BOOL, lambda xp, a, b: xp.logical_xor(a, b), "{r} = xor i1 {0}, {1}", "{0} != {1}", "^"
+        "logical_or",
+        _BB,
+        BOOL,
+        lambda xp, a, b: xp.logical_or(a, b),
+        "{r} = or i1 {0}, {1}",
+        "{0} || {1}",
+        "|",
+    ),
+    _op(
+        "logical_xor",
+        _BB,
+        BOOL,
+        lambda xp, a, b: xp.logical_xor(a, b),
+        "{r} = xor i1 {0}, {1}",
+        "{0} != {1}",
+        "^",
     ),
     _op("logical_not", (BOOL,), BOOL, lambda xp, a: xp.logical_not(a), "{r} = xor i1 {0}, true", "!{0}", "~"),
     _op(

@@ -61,7 +61,11 @@ def trace(
     }
     scalars = {
         key: Value(
-            tracer, tracer.add(Node("input", (), REAL, True, key)), scalar=True, integral=key == "t", argument=key
+            tracer,
+            tracer.add(Node("input", (), REAL, True, key)),
+            scalar=True,
+            integral=key == "t",
+            argument=key,
         )
         for key in inputs
     }
@@ -76,4 +80,3 @@ def trace(
 def _array(value: Any) -> int:
     """The node of an array value; a scalar result fills the array."""
     return value.backend.spread(value.raw, value.type) if value.scalar else value.raw
-

@@ -1,0 +1,141 @@
+"""The state of an optimizer, ``{"step": int, "slots": {name: {key: array}}}``: made, checked, copied."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from .fusion.dtypes import slot_dtype
+from .leaves import Leaf, device_of, dtype_name, named, namespace, namespace_name
+from .memory import copied
+
+State = dict[str, Any]
+Slots = Mapping[str, Any]  # names of slots with their start: a number, or a function of the parameter
+
+
+def fresh_slots(starts: Slots, leaves: list[Leaf]) -> dict[str, dict[str, Any]]:
+    """The slots of leaves before the first step."""
+    return {name: {leaf.key: _started(start, leaf, name) for leaf in leaves} for name, start in starts.items()}
+
+
+def slots_for(owner: str, starts: Slots, leaves: list[Leaf], state: State) -> dict[str, dict[str, Any]]:
+    """The slots of the state, checked against the leaves and handed to them; fresh ones before the first step."""
+    slots = state["slots"]
+    if not slots and starts and state["step"] == 0:
+        slots = fresh_slots(starts, leaves)
+    _check_known(owner, leaves, slots, tuple(starts))
+    for leaf in leaves:
+        leaf.slots = [_fitting(slots[name][leaf.key], leaf, name) for name in starts]
+    # A slot that was brought to its parameter's namespace is a new array: the state will be told.
+    for k, name in enumerate(starts):
+        if any(leaf.slots[k] is not slots[name][leaf.key] for leaf in leaves):
+            slots = slots | {name: {leaf.key: leaf.slots[k] for leaf in leaves}}
+    return slots
+
+
+def _started(start: Any, leaf: Leaf, name: str) -> Any:
+    """A slot's first value, in the slot's dtype and the parameter's shape, layout and device."""
+    xp = namespace(leaf.p)
+    dtype = getattr(xp, slot_dtype(leaf.dtype))
+    value = start(leaf.p) if callable(start) else start
+    zeros = (
+        np.zeros_like(leaf.p, dtype=dtype, order="K") if leaf.space == "numpy" else xp.zeros_like(leaf.p, dtype=dtype)
+    )
+    if isinstance(value, int | float) and value == 0:
+        return zeros
+    if not hasattr(value, "shape"):
+        return xp.full_like(zeros, value)
+    if tuple(value.shape) not in ((), tuple(leaf.p.shape)):
+        raise ValueError(
+            f"slot {name!r} of {named('params', leaf.key)} starts with shape {tuple(value.shape)}, "
+            f"but the parameter has shape {tuple(leaf.p.shape)}"
+        )
+    if not leaf.mutable:
+        return xp.astype(xp.broadcast_to(value, leaf.p.shape), dtype)
+    zeros[...] = xp.astype(xp.asarray(value), dtype)
+    return zeros
+
+
+def _check_known(owner: str, leaves: list[Leaf], slots: dict[str, dict[str, Any]], names: tuple[str, ...]) -> None:
+    """The set of keys is fixed by the first step."""
+    keys = {leaf.key for leaf in leaves}
+    for name in names:
+        known = set(slots.get(name, ()))
+        if keys != known:
+            added, lost = sorted(keys - known), sorted(known - keys)
+            change = "; ".join(f"{what} {', '.join(k)}" for what, k in (("new:", added), ("missing:", lost)) if k)
+            raise ValueError(
+                f"the parameters are not those of {owner}'s state ({change}): they are fixed by the first step; "
+                "make a new optimizer for another set"
+            )
+
+
+def _fitting(slot: Any, leaf: Leaf, name: str) -> Any:
+    """The slot as an array beside its parameter, if it fits."""
+    place = f"slot {name!r} of {named('params', leaf.key)}"
+    if not hasattr(slot, "shape"):
+        raise ValueError(
+            f"{place} is {type(slot).__name__}, not an array: the state was changed or is of another optimizer"
+        )
+    if tuple(slot.shape) != tuple(leaf.p.shape) or dtype_name(slot) != slot_dtype(leaf.dtype):
+        raise ValueError(
+            f"{place} has shape {tuple(slot.shape)} and dtype {dtype_name(slot)}, but the parameter asks for shape "
+            f"{tuple(leaf.p.shape)} and dtype {slot_dtype(leaf.dtype)}: shapes and dtypes are fixed by the first step"
+        )
+    space = namespace_name(slot)
+    if space == leaf.space:
+        if space != "numpy" and device_of(slot) != device_of(leaf.p):
+            raise ValueError(f"{place} is on {device_of(slot)} but the parameter is on {device_of(leaf.p)}")
+        return slot
+    if space != "numpy":
+        raise ValueError(
+            f"{place} is a {space} array but the parameter is a {leaf.space} array: "
+            "the namespace is fixed by the first step"
+        )
+    return namespace(leaf.p).asarray(
+        np.array(slot), dtype=getattr(namespace(leaf.p), dtype_name(slot)), device=device_of(leaf.p)
+    )
+
+
+def plain_state(name: str, slots: tuple[str, ...], state: Any) -> State:
+    """A state as it should be, or a clear error."""
+    if not isinstance(state, Mapping) or "step" not in state or "slots" not in state:
+        raise ValueError(f"{name}: this is no optimizer state: it needs the entries 'step' and 'slots' (see init)")
+    step = state["step"]
+    if isinstance(step, bool) or not isinstance(step, int | np.integer) or step < 0:
+        raise ValueError(f"{name}: the state's step is {step!r}: it must be an int of at least 0")
+    if not isinstance(state["slots"], Mapping) or (set(state["slots"]) != set(slots) and (state["slots"] or step)):
+        found = ", ".join(state["slots"]) if isinstance(state["slots"], Mapping) else type(state["slots"]).__name__
+        raise ValueError(
+            f"the state has slots {found or 'none'}, but {name} has {', '.join(slots) or 'none'}: "
+            "it is of another optimizer"
+        )
+    if any(set(state["slots"][n]) != set(state["slots"][slots[0]]) for n in state["slots"]):
+        raise ValueError(f"{name}: the slots of this state have different keys")
+    return {"step": int(step), "slots": {n: dict(state["slots"][n]) for n in slots if n in state["slots"]}}
+
+
+def copied_state(state: State) -> State:
+    return copy.deepcopy({k: v for k, v in state.items() if k != "slots"}) | {
+        "slots": {name: {key: copied(a) for key, a in arrays.items()} for name, arrays in state["slots"].items()}
+    }
+
+
+def check_same(old: dict[str, dict[str, Any]], new: dict[str, dict[str, Any]]) -> None:
+    """Two sets of slots must have the same keys, shapes and dtypes."""
+    for name in old:
+        if set(old[name]) != set(new.get(name, ())):
+            raise ValueError(
+                f"the state dict has slot {name!r} for {', '.join(sorted(new.get(name, ()))) or 'nothing'}, "
+                f"but this optimizer has it for {', '.join(sorted(old[name]))}"
+            )
+        for key, a in old[name].items():
+            b = new[name][key]
+            if tuple(a.shape) != tuple(b.shape) or dtype_name(a) != dtype_name(b):
+                raise ValueError(
+                    f"slot {name!r} of {key!r} has shape {tuple(b.shape)} and dtype {dtype_name(b)} in the state dict, "
+                    f"but shape {tuple(a.shape)} and dtype {dtype_name(a)} in this optimizer"
+                )

@@ -1517,7 +1517,7 @@ def branch_on_scalar(xp, p, g, m, *, lr):
     return (p - g if lr > 0.05 else p), m
 
 
-def branch_on_t(xp, p, g, m, t, *, lr):
+def branch_on_t(xp, p, g, m, *, t, lr):
     return (g if t == 1 else p), m
 
 
@@ -1753,7 +1753,7 @@ def counted_rule() -> tuple[type[xo.Optimizer], list[int]]:
     """An optimizer whose rule notes each time it is called."""
     calls: list[int] = []
 
-    def rule(xp, p, g, m, t, *, lr, beta):
+    def rule(xp, p, g, m, *, t, lr, beta):
         calls.append(1)
         m = beta * m + g
         return p - lr * m / (1 - beta**t), m

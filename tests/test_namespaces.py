@@ -121,7 +121,7 @@ def test_a_rule_may_use_every_function_on_a_strict_namespace() -> None:
         slots = ("m",)
 
         @staticmethod
-        def rule(xp, p, g, m, t, *, lr):
+        def rule(xp, p, g, m, *, t, lr):
             good = (xp.isfinite(g) & (g > m)) | ~(p >= 1.0)
             size = xp.sqrt(xp.abs(g)) + xp.square(m) + xp.maximum(g, 0.5) - xp.minimum(0.5, p)
             m = xp.where(good, xp.clip(size, -1.0, 1.0), 0.0)

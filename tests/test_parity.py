@@ -302,7 +302,7 @@ class EveryFunction(xo.Optimizer):
     slots = ("m", "n")
 
     @staticmethod
-    def rule(xp, p, g, m, n, t, *, lr, beta, flip):
+    def rule(xp, p, g, m, n, *, t, lr, beta, flip):
         m = beta * m + (1 - beta) * g
         size = xp.sqrt(xp.abs(m)) + xp.square(n) * xp.sqrt(lr)
         direction = xp.sign(m) * xp.minimum(size, 1.5) + xp.maximum(g, m) * xp.abs(-lr)
@@ -322,7 +322,7 @@ class EveryOperator(xo.Optimizer):
     slots = ("m",)
 
     @staticmethod
-    def rule(xp, p, g, m, t, *, lr):
+    def rule(xp, p, g, m, *, t, lr):
         low, high = (g < m) & (p <= 1.0), (g > m) | (p >= 1.0)
         other = (g == m) | (p != g)
         either = low ^ high
@@ -340,7 +340,7 @@ class Branching(xo.Optimizer):
     slots = ("a", "b", "c")
 
     @staticmethod
-    def rule(xp, p, g, a, b, c, t, *, lr):
+    def rule(xp, p, g, a, b, c, *, t, lr):
         return xp.minimum(p, g), g, lr * t, 1.0
 
 

@@ -159,14 +159,15 @@ def flat_leaves(tree: Any, names: list[Any] | None, count: int) -> list[Any] | N
 # Arrays
 
 
-@lru_cache(maxsize=256)
-def _dtype_name(dtype: Any) -> str:
-    name = getattr(dtype, "name", None)  # NumPy, CuPy, JAX
-    return name if isinstance(name, str) else str(dtype).rsplit(".", 1)[-1]  # torch.float32, array_api_strict.float32
+_numpy_name = lru_cache(maxsize=256)(lambda dtype: dtype.name)  # NumPy takes a microsecond to spell it
 
 
 def dtype_name(array: Any) -> str:
-    return _dtype_name(array.dtype)
+    """The dtype as NumPy spells it, whatever the namespace."""
+    dtype = array.dtype
+    if isinstance(dtype, np.dtype):  # NumPy, CuPy, JAX
+        return _numpy_name(dtype)
+    return str(dtype).rsplit(".", 1)[-1]  # torch.float32, array_api_strict.float32
 
 
 def namespace_name(x: Any) -> str | None:

@@ -13,7 +13,16 @@ from .fusion.dtypes import COMPLEX_DTYPES, REAL_DTYPES
 from .leaves import ABSENT, Leaf, as_given, pairs, rebuilt, replaced, resolve_parameter
 from .recipe import Recipe
 from .report import Report, Served
-from .state import State, check_same, copied_state, fresh_slots, plain_state, slots_for
+from .state import (
+    Signature,
+    State,
+    check_same,
+    check_signature,
+    copied_state,
+    fresh_slots,
+    plain_state,
+    slots_for,
+)
 from .step import Step, check, check_memory, copy_overlapping_gradients, engine_for, finite_norm
 
 
@@ -88,6 +97,7 @@ class Optimizer:
     _state: State
     _cached_recipe: Recipe | None
     _ready: Any  # an `engines.ready.Ready`: what the next step can start from
+    _known: Signature | None  # what the first update fixed
     _verified: Any  # the parameters' places in memory that are known not to overlap
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -132,18 +142,20 @@ class Optimizer:
                 f"{name} must be a @staticmethod: a rule is a pure function rule(xp, p, g, *slots, *, ...)"
             )
         kinds = list(inspect.signature(cls.rule).parameters.values())
-        arrays = [p.name for p in kinds if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-        keywords = tuple(p.name for p in kinds if p.kind is p.KEYWORD_ONLY)
         if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in kinds):
             raise TraceError(f"{name} takes *args or **kwargs: name its arrays and, behind a *, its scalars")
-        if len(arrays) != 3 + len(cls.slots):
-            wanted = ", ".join(("xp", "p", "g", *cls._slot_names()))
+        scalars = {"t", *cls._fields}
+        arrays = [p.name for p in kinds if p.kind is not p.KEYWORD_ONLY and p.name not in scalars]
+        keywords = tuple(p.name for p in kinds if p.name not in arrays)
+        if len(arrays) != 3 + len(cls.slots) or [p.name for p in kinds][: len(arrays)] != arrays:
+            given, wanted = ", ".join(p.name for p in kinds), ", ".join(("xp", "p", "g", *cls._slot_names()))
             raise TraceError(
-                f"{name} takes ({', '.join(arrays)}) by position, but by its slots it must take ({wanted})"
+                f"{name} takes ({given}), but by the slots of {cls.__name__} it must take ({wanted}), "
+                f"then scalars among {', '.join(sorted(scalars))}"
             )
         for keyword in keywords:
-            if keyword != "t" and keyword not in cls._fields:
-                known = ", ".join((*cls._fields, "t"))
+            if keyword not in scalars:
+                known = ", ".join(sorted(scalars))
                 raise TraceError(
                     f"{name} takes {keyword!r}, which is no hyperparameter of {cls.__name__} (there are: {known})"
                 )
@@ -164,6 +176,7 @@ class Optimizer:
             raise TypeError(f"{cls.__name__}{self.__signature__}: {error}") from None
         bound.apply_defaults()
         object.__setattr__(self, "_state", {"step": 0, "slots": {}})
+        object.__setattr__(self, "_known", None)
         self._forget()
         for name, value in bound.arguments.items():
             setattr(self, name, value)
@@ -202,7 +215,7 @@ class Optimizer:
         return f"{type(self).__name__}({', '.join(parts)})"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in (*self._fields, *self._options)} | {"_state": self._state}
+        return {name: getattr(self, name) for name in (*self._fields, *self._options, "_state", "_known")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._forget()
@@ -317,6 +330,7 @@ class Optimizer:
         """One step over leaves: every check, then every write. Only this method and `_again` change a state."""
         recipe = self._recipe
         check(leaves, writing=writing)
+        known = check_signature(type(self).__name__, self._known, leaves) if writing else None
         slots = slots_for(type(self).__name__, self._slot_starts(), leaves, state)
         if writing:
             object.__setattr__(self, "_verified", check_memory(leaves, self._verified))
@@ -328,6 +342,8 @@ class Optimizer:
             for leaf in step.others:
                 slots[name][leaf.key] = leaf.slots[k]
         state["step"] += 1
+        if writing:
+            object.__setattr__(self, "_known", known)
         return step
 
     def _again(self, ready: Any, params: Any, grads: Any) -> bool:
@@ -405,6 +421,7 @@ class Optimizer:
         """
         leaves = pairs(params, ABSENT if grads is None else grads)
         check(leaves, writing=True)
+        check_signature(type(self).__name__, self._known, leaves)
         slots_for(type(self).__name__, self._slot_starts(), leaves, self._state)
         return Report(Served(leaf.key, *engine_for(self._recipe, leaf, grads is not None)) for leaf in leaves)
 

@@ -115,10 +115,10 @@ def words(seed: int, stream: int, n: int, xp: Any = None, *, start_block: int = 
     --------
     >>> import xpoptim as xo
     >>> xo.random.words(seed=0, stream=0, n=5)
-    array([1713891541, 3781809549, 3159846988, 2600524760, 2424402592],
+    array([1713891541, 3781805453, 3159862348, 2600524760, 4175744164],
           dtype=uint32)
     >>> xo.random.words(seed=0, stream=0, n=1, start_block=1)
-    array([2424402592], dtype=uint32)
+    array([4175744164], dtype=uint32)
     """
     seed = checked_int("seed", seed, 2**64)
     stream = checked_int("stream", stream, 2**64)
@@ -139,9 +139,11 @@ def keep_mask(
     """A bool array, True where dropout keeps the element: where its word is at least :func:`threshold`."""
     xp = _namespace(xp)
     limit = threshold(ratio)
+    if limit in (0, 2**32):  # nothing or everything is dropped: no word needs to be drawn
+        return xp.full(shape, limit == 0, dtype=xp.bool, device=device)
 
     def convert(lib: Any, lane: Any) -> Any:
-        return lane >= limit  # lanes are 64 bits wide, so that 2**32 itself, which drops everything, fits
+        return lane >= limit
 
     keep = _draw(convert, "bool", seed, stream, math.prod(shape), 0, xp, device)
     return xp.reshape(keep, shape)

@@ -16,6 +16,31 @@ State = dict[str, Any]
 Slots = Mapping[str, Any]  # names of slots with their start: a number, or a function of the parameter
 
 
+Signature = dict[str, tuple[Any, ...]]  # key: namespace, shape, dtype, device
+
+
+def signature(leaves: list[Leaf]) -> Signature:
+    """What the first step fixes for each leaf."""
+    return {leaf.key: (leaf.space, tuple(leaf.p.shape), leaf.dtype, device_of(leaf.p)) for leaf in leaves}
+
+
+def check_signature(owner: str, known: Signature | None, leaves: list[Leaf]) -> Signature:
+    """The leaves' signature, if it is the one known from the step before (or none is)."""
+    now = signature(leaves)
+    if known is None or now == known:
+        return now
+    _check_keys(owner, set(now), set(known))
+    key = next(key for key in now if now[key] != known[key])
+    what = ("namespace", "shape", "dtype", "device")
+    changes = [
+        f"{kind} {old}, now {new}" for kind, old, new in zip(what, known[key], now[key], strict=True) if old != new
+    ]
+    raise ValueError(
+        f"{named('params', key)} had {' and '.join(changes)}: these are fixed by the first step; "
+        f"make a new {owner} for other parameters"
+    )
+
+
 def fresh_slots(starts: Slots, leaves: list[Leaf]) -> dict[str, dict[str, Any]]:
     """The slots of leaves before the first step."""
     return {name: {leaf.key: _started(start, leaf, name) for leaf in leaves} for name, start in starts.items()}
@@ -61,16 +86,18 @@ def _started(start: Any, leaf: Leaf, name: str) -> Any:
 
 def _check_known(owner: str, leaves: list[Leaf], slots: dict[str, dict[str, Any]], names: tuple[str, ...]) -> None:
     """The set of keys is fixed by the first step."""
-    keys = {leaf.key for leaf in leaves}
     for name in names:
-        known = set(slots.get(name, ()))
-        if keys != known:
-            added, lost = sorted(keys - known), sorted(known - keys)
-            change = "; ".join(f"{what} {', '.join(k)}" for what, k in (("new:", added), ("missing:", lost)) if k)
-            raise ValueError(
-                f"the parameters are not those of {owner}'s state ({change}): they are fixed by the first step; "
-                "make a new optimizer for another set"
-            )
+        _check_keys(owner, {leaf.key for leaf in leaves}, set(slots.get(name, ())))
+
+
+def _check_keys(owner: str, keys: set[str], known: set[str]) -> None:
+    if keys != known:
+        added, lost = sorted(keys - known), sorted(known - keys)
+        change = "; ".join(f"{what} {', '.join(k)}" for what, k in (("new:", added), ("missing:", lost)) if k)
+        raise ValueError(
+            f"the parameters are not those of {owner}'s state ({change}): they are fixed by the first step; "
+            "make a new optimizer for another set"
+        )
 
 
 def _fitting(slot: Any, leaf: Leaf, name: str) -> Any:

@@ -61,6 +61,14 @@ class Resources:
     spill_stores: int
     spill_loads: int
 
+    @property
+    def spills(self) -> bool:
+        """Whether a thread keeps anything in memory.
+
+        What is spilled around the subroutines for division and square root counts as stack alone.
+        """
+        return self.stack + self.spill_stores + self.spill_loads > 0
+
 
 # --- compiling
 
@@ -100,9 +108,7 @@ def resources(source: str, arch: str, options: Sequence[str] = ()) -> dict[str, 
         r"(\d+) bytes spill loads",
     )
     report = {}
-    for kernel, body in re.findall(
-        r"Compiling entry function '(\S+)'(.*?Used \d+ registers)", log, re.DOTALL
-    ):
+    for kernel, body in re.findall(r"Compiling entry function '(\S+)'(.*?Used \d+ registers)", log, re.DOTALL):
         numbers = (re.search(pattern, body) for pattern in patterns)
         report[kernel] = Resources(*(int(number[1]) if number else 0 for number in numbers))
     return report
@@ -122,9 +128,7 @@ def _compile(source: str, arguments: Sequence[str], product: str) -> tuple[bytes
             reason = library.nvrtcGetErrorString(status).decode()
             numbered = "\n".join(f"{number:5}  {line}" for number, line in enumerate(source.splitlines(), 1))
             used = " ".join(arguments)
-            raise CompileError(
-                f"NVRTC could not compile the kernel ({reason}) with {used}:\n{log}\n{numbered}"
-            )
+            raise CompileError(f"NVRTC could not compile the kernel ({reason}) with {used}:\n{log}\n{numbered}")
         return _fetch(library, program, product), log
     finally:
         library.nvrtcDestroyProgram(ctypes.byref(program))

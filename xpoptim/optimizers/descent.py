@@ -71,5 +71,5 @@ class Nesterov(Optimizer):
 
     @staticmethod
     def rule(xp: Any, p: Any, g: Any, v: Any, *, lr: Any, momentum: Any) -> Any:
-        p = p + momentum**2 * v - (1 + momentum) * lr * g
+        p = p + (momentum**2 * v - (1 + momentum) * lr * g)
         return p, momentum * v - lr * g

@@ -427,6 +427,83 @@ def test_gradients_of_any_address_layout_and_dtype_at_every_step() -> None:
     assert_same_tree(opt.state, expected.state)
 
 
+def other_layout(rng: np.random.Generator, array: np.ndarray) -> np.ndarray:
+    """The same values in a layout drawn at random."""
+    kind = rng.integers(5)
+    if kind == 0:
+        return array.copy(order="C")
+    if kind == 1:
+        return array.copy(order="F")
+    if kind == 2:
+        return np.repeat(array, 2, axis=-1)[..., ::2]
+    if kind == 3:
+        return array[::-1].copy()[::-1]
+    return np.ascontiguousarray(array.T).T
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_random_life(seed: int) -> None:
+    """Whatever happens between the steps, the optimizer does what the reference does to copies.
+
+    Arrays are replaced, exchanged and laid out anew, gradients change dtype, layout, overlap or are None, options and
+    lr change, the state is saved and loaded, the slots are replaced, the optimizer is copied.
+    """
+    rng = np.random.default_rng(seed)
+    shapes = {"a": (4, 6), "b": (5,), "c": (3, 2, 4), "d": (6, 4)}
+    mine: dict[str, np.ndarray] = {key: rng.standard_normal(s).astype(np.float32) for key, s in shapes.items()}
+    theirs = {key: p.copy() for key, p in mine.items()}
+    opt, expected = xo.Adam(lr=0.01), xo.Adam(lr=0.01)
+    for step in range(60):
+        event = rng.integers(12)
+        key = str(rng.choice(list(shapes)))
+        if event == 0:
+            mine[key] = other_layout(rng, mine[key])
+        elif event == 1:
+            mine["a"], mine["d"] = mine["d"].T, mine["a"].T
+            theirs["a"], theirs["d"] = theirs["d"].T.copy(), theirs["a"].T.copy()
+        elif event == 2:
+            mine = {k: mine[k] for k in rng.permutation(list(shapes)).tolist()}
+        elif event == 3:
+            option, value = [("clip_norm", 1.0), ("clip_value", 0.5), ("weight_decay", 0.1), ("maximize", True)][
+                rng.integers(4)
+            ]
+            value = getattr(xo.Adam, option) if rng.random() < 0.5 else value
+            for o in (opt, expected):
+                setattr(o, option, value)
+        elif event == 4:
+            for o in (opt, expected):
+                o.lr = 0.01 / (1 + step)
+        elif event == 5:
+            opt.load_state_dict(opt.state_dict())
+        elif event == 6:
+            opt = [copy.copy, copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))][rng.integers(3)](opt)
+        elif event == 7 and step_count(opt):
+            opt.state["slots"]["m"][key] = opt.state["slots"]["m"][key].copy()
+        gradients: dict[str, Any] = {}
+        copied: dict[str, Any] = {}
+        for k in mine:
+            kind = rng.integers(8)
+            g = rng.standard_normal(mine[k].shape)
+            if kind == 0:
+                gradients[k] = None
+            elif kind == 1:
+                gradients[k] = mine[k][::-1]
+            elif kind == 2:
+                gradients[k] = g.astype(rng.choice(["f2", "f4", "f8", ">f4"]))
+            elif kind == 3:
+                gradients[k] = other_layout(rng, g.astype(np.float32))
+            elif kind == 4 and k in "ad":
+                gradients[k] = mine["d" if k == "a" else "a"].T
+            else:
+                gradients[k] = g.astype(np.float32)
+            copied[k] = None if gradients[k] is None else gradients[k].copy()
+        with xo.engine("reference"):
+            expected.update({k: theirs[k] for k in sorted(theirs)}, copied)
+        opt.update(mine, gradients)
+        assert_same_tree(mine, theirs, f"step {step}, event {event}")
+        assert_same_tree(opt.state, expected.state, f"state in step {step}, event {event}")
+
+
 class Tagged(np.ndarray):
     """A subclass that changes nothing."""
 
@@ -791,7 +868,7 @@ def test_bad_hyperparameters(name: str, field: str) -> None:
     [
         ("weight_decay", [(-0.1, ValueError), (math.nan, ValueError), (math.inf, ValueError), ("x", TypeError)]),
         ("clip_value", [(-1.0, ValueError), (math.nan, ValueError), ("x", TypeError)]),
-        ("clip_norm", [(-1.0, ValueError), (math.nan, ValueError), ("x", TypeError)]),
+        ("clip_norm", [(0.0, ValueError), (-1.0, ValueError), (math.nan, ValueError), ("x", TypeError)]),
         ("maximize", [("yes", TypeError), (0.5, (TypeError, ValueError))]),
         ("decoupled", [("yes", TypeError), (0.5, (TypeError, ValueError))]),
     ],
@@ -1744,6 +1821,48 @@ def test_rules_whose_signature_does_not_fit(rule: Any, word: str) -> None:
     with pytest.raises((TypeError, ValueError), match=word):  # TraceError is a TypeError
         bad_rule(staticmethod(rule))().update(params, {"p": np.ones(3)})
     assert params["p"].tolist() == [1.0] * 3
+
+
+class Plain(xo.Optimizer):
+    """``fused = False``: plain Array API code, which may do what it likes."""
+
+    lr: float = 0.5
+    slots = ("m",)
+    fused = False
+
+    @staticmethod
+    def rule(xp, p, g, m, *, lr):
+        m = m + xp.mean(g)
+        if xp.any(xp.isnan(g)):
+            raise ArithmeticError("no NaN, please")
+        return p - lr * m, m
+
+
+def test_a_rule_that_is_not_fused(engine: str) -> None:
+    opt, params = Plain(), {"a": np.zeros(2), "b": np.zeros(4, np.float32)}
+    a = params["a"]
+    opt.update(params, {"a": np.array([1.0, 3.0]), "b": np.ones(4, np.float32)})
+    assert params["a"] is a
+    assert a.tolist() == [-1.0, -1.0]
+    assert params["b"].tolist() == [-0.5] * 4
+    assert {leaf.engine for leaf in opt.explain(params, params)} == {"reference"}
+
+
+def test_a_plain_rule_that_raises_for_a_later_leaf_changes_nothing(engine: str) -> None:
+    """It cannot be checked beforehand, so nothing may be written until it has been through every leaf."""
+    opt, params = Plain(), {"a": np.zeros(2), "b": np.zeros(2), "x": 1.0}
+    opt.update(params, {"a": np.ones(2), "b": np.ones(2), "x": 1.0})
+    with refused(opt, params, error=Exception, names="NaN"):
+        opt.update(params, {"a": np.ones(2), "b": np.array([1.0, np.nan]), "x": 1.0})
+    fresh = Plain()
+    with refused(fresh, params, error=Exception, names="NaN"):
+        fresh.update(params, {"a": np.ones(2), "b": np.array([1.0, np.nan]), "x": 1.0})
+
+
+def test_a_plain_rule_on_the_fused_engine_is_an_error() -> None:
+    opt, params = Plain(), {"a": np.zeros(2)}
+    with xo.engine("fused"), refused(opt, params, error=(TypeError, ValueError), names="a"):
+        opt.update(params, {"a": np.ones(2)})
 
 
 # ---- Tracing and compiling once --------------------------------------------------------------------------------

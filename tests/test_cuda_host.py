@@ -194,6 +194,13 @@ def test_halves():
     np.testing.assert_array_equal(np.signbit(found), np.signbit(x))
 
 
+def test_kernel_named_like_a_function_of_c():
+    source = 'extern "C" __global__ void step(float* x) { x[threadIdx.x] = 5; }'
+    x = to_cupy(np.zeros(32, np.float32))
+    launch(HostModule(source), "step", (1,), (32,), (x,))
+    np.testing.assert_array_equal(to_numpy(x), 5)
+
+
 # --- arguments
 
 
@@ -281,7 +288,7 @@ def test_divergent_barrier(backward):
     """
     module = HostModule(source, backward=backward)
     launch(module, "divergent", (2,), (64,), (np.int32(2),))
-    with pytest.raises(RuntimeError, match="kernel divergent: a thread (ends|waits)"):
+    with pytest.raises(RuntimeError, match=r"kernel divergent: a thread (ends|waits)"):
         launch(module, "divergent", (2,), (64,), (np.int32(0),))
     with pytest.raises(RuntimeError, match="kernel divergent: threads wait at the barriers of lines"):
         launch(module, "divergent", (2,), (64,), (np.int32(1),))
@@ -335,26 +342,28 @@ def test_sanitizers_let_right_kernels_pass():
 
 
 @pytest.mark.parametrize(
-    ("call", "report"),
+    ("right", "wrong", "call", "report"),
     [
-        # The tail runs one element too far.
-        ("axpy(HostModule(AXPY.replace('i < count - body', 'i <= count - body')), x, y, 2)", "heap-buffer-overflow"),
-        # It begins before the array.
-        ("axpy(HostModule(AXPY.replace('y[at] +=', 'y[at - 1002] +=')), x, y, 2)", "heap-buffer-overflow"),
-        # A vector is read where none lies.
-        ("axpy(HostModule(AXPY.replace('int head = ', 'int head = 0 * ')), x[1:], y[1:], 2)", "misaligned"),
-        (
-            "launch(HostModule(SUM.replace('threadIdx.x + 32', 'threadIdx.x + 33')), "
-            "'sum', (1,), (64,), (to_cupy(np.ones(200)), to_cupy(np.zeros(1)), np.int32(200)))",
-            "out of bounds",
-        ),
+        ("i < count - body", "i <= count - body", "x, y", "heap-buffer-overflow"),  # one element too far
+        ("y[at] +=", "y[at - 1002] +=", "x, y", "heap-buffer-overflow"),  # before the array
+        ("((long long)(x + head) & 15) != 0 || ", "", "x, y[1:]", "misaligned"),  # a vector where none lies
     ],
 )
-def test_sanitizers_catch(call, report):
-    done = sanitized(call)
+def test_sanitizers_catch_accesses(right, wrong, call, report):
+    assert AXPY.count(right) == 1
+    done = sanitized(f"axpy(HostModule(AXPY.replace({right!r}, {wrong!r})), {call}, 2)")
     assert done.returncode != 0
     assert report in done.stderr
     assert "kernel.cu:" in done.stderr  # the line of the kernel's text
+
+
+def test_sanitizers_catch_shared_memory():
+    done = sanitized(
+        "module = HostModule(SUM.replace('threadIdx.x + 32', 'threadIdx.x + 33'))\n"
+        "launch(module, 'sum', (1,), (64,), (x, y, np.int32(0)))"
+    )
+    assert done.returncode != 0
+    assert "out of bounds" in done.stderr
 
 
 # --- memory

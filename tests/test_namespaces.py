@@ -115,6 +115,21 @@ def test_array_api_strict_errors_change_nothing() -> None:
     assert values() == before
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (2, 3)])
+def test_array_api_strict_one_array_under_two_keys(shape: tuple[int, ...]) -> None:
+    opt, p = xo.SGD(), array_api_strict.ones(shape)
+    with refused(opt, error=ValueError, names="a b"):
+        opt.update({"a": p, "b": p}, {"a": array_api_strict.ones(shape), "b": array_api_strict.ones(shape)})
+    assert float(array_api_strict.sum(p)) == np.prod(shape)
+
+
+def test_array_api_strict_gradient_that_is_its_parameter() -> None:
+    p, q = array_api_strict.asarray([1.0, 2.0]), array_api_strict.asarray([3.0, 4.0])
+    xo.SGD(lr=0.5).update({"p": p, "q": q}, {"p": p, "q": p})
+    assert np.asarray(p).tolist() == [0.5, 1.0]
+    assert np.asarray(q).tolist() == [2.5, 3.0]
+
+
 def test_a_rule_may_use_every_function_on_a_strict_namespace() -> None:
     class Functions(xo.Optimizer):
         lr: float = 0.1
@@ -315,6 +330,15 @@ def test_jax_arrays_are_rebound(jnp: Any, name: str) -> None:
     for params, grads in [((alone,), (alone,)), (alone, alone)]:
         with refused(make_optimizer(name), error=(TypeError, ValueError), names="apply"):
             make_optimizer(name).update(params, grads)
+
+
+def test_one_jax_array_under_two_keys_is_fine(jnp: Any) -> None:
+    """It is immutable, so no key can write to another's."""
+    one = jnp.ones(2)
+    params = {"a": one, "b": one}
+    xo.SGD(lr=0.5).update(params, {"a": one, "b": 2 * one})
+    assert np.asarray(params["a"]).tolist() == [0.5, 0.5]
+    assert np.asarray(params["b"]).tolist() == [0.0, 0.0]
 
 
 def test_jax_bfloat16(jnp: Any) -> None:

@@ -124,8 +124,9 @@ def all_triples(dtype: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     p, g, s = np.meshgrid(
         values.view(f"u{values.itemsize}"), np.arange(len(values)), np.arange(len(in_slots))
     )
-    p = p.reshape(-1).view(values.dtype)
-    g, s = values[g.reshape(-1)], in_slots[s.reshape(-1)]
+    even = p.size // 2 * 2  # complex numbers take two
+    p = p.reshape(-1)[:even].view(values.dtype)
+    g, s = values[g.reshape(-1)[:even]], in_slots[s.reshape(-1)[:even]]
     if DTYPES[dtype].kind == "c":
         return p.view(DTYPES[dtype]), g.view(DTYPES[dtype]), s.view(DTYPES[dtype])
     return p, g, s
@@ -140,12 +141,12 @@ def test_all_triples_of_special_values(name: str, dtype: str, maximize: bool) ->
     for engine in ("reference", "fused"):
         p, g, s = all_triples(dtype)
         opt = make_optimizer(name, clip_value=0.75, weight_decay=0.1, maximize=maximize)
-        params, grads = {"p": p[: len(p) // 2 * 2]}, {"p": g[: len(g) // 2 * 2]}
+        params, grads = {"p": p}, {"p": g}
         # One step makes the state, which then gets the special values.
         opt.update({"p": np.zeros_like(params["p"])}, {"p": np.ones_like(params["p"])})
         state = opt.state_dict()
         for slot in state["slots"]:
-            state["slots"][slot]["p"] = s[: len(params["p"])].copy()
+            state["slots"][slot]["p"] = s.copy()
         opt.load_state_dict(state)
         with xo.engine(engine):
             opt.update(params, grads)
@@ -344,7 +345,67 @@ class Branching(xo.Optimizer):
         return xp.minimum(p, g), g, lr * t, 1.0
 
 
-USER_RULES = {"functions": EveryFunction, "operators": EveryOperator, "results": Branching}
+class Scalars(xo.Optimizer):
+    """Each function and operator on scalars alone: the float64 scalar program."""
+
+    lr: float = 0.3
+    beta: float = 0.7
+    slots = ("a", "b", "c", "d", "e")
+
+    @staticmethod
+    def rule(xp, p, g, a, b, c, d, e, *, t, lr, beta):
+        root = xp.sqrt(lr) + xp.abs(-beta) + xp.square(lr) - xp.sign(lr - beta) * xp.clip(lr, 0.1, 0.2)
+        small, big = xp.minimum(lr, beta), xp.maximum(lr, beta)
+        late = (t > 2) & (lr < beta) | ~(beta >= lr)
+        chosen = xp.where(late, small, big) * xp.where(t == 1, 1.0, 0.5)
+        powers = beta**t + beta ** (t - 1) - lr ** (2 * t + 1) + beta ** (1 - t) + lr**3 + 2**t + lr**-2 + t**2
+        mixed = xp.where(late, g, p) + xp.where((g > 0) & (t > 1), lr, xp.where(late ^ (p > 0), g, -beta))
+        finite = xp.where(xp.isfinite(lr / (beta - beta)), 1.0, -1.0)
+        return p - root * g, mixed * chosen, powers * g, finite * g, a + 1 / 3, xp.clip(g, -xp.inf, 2 * lr)
+
+
+class SpecialScalars(xo.Optimizer):
+    """Scalars that are infinite, NaN, zero of either sign, or beyond float32: no Python exception, no warning."""
+
+    lr: float = 0.3
+    slots = ("a", "b", "c", "d", "e", "f")
+
+    @staticmethod
+    def rule(xp, p, g, a, b, c, d, e, f, *, t, lr):
+        zero = lr - lr
+        infinite, nan = lr / zero, xp.sqrt(-lr)
+        huge, tiny = 1e300 * lr, 1e-320 * lr
+        return (
+            xp.where(zero / zero == nan, p, -p),
+            g * infinite,
+            xp.maximum(g, nan) + (-1 * zero) * g,
+            g * huge * 1e300 + infinite**t + tiny * huge,
+            xp.minimum(nan, g),
+            xp.sign(-zero) / g + xp.sign(nan),
+            xp.clip(g, -infinite, huge) / (zero * -1.0) + 0.0**t,
+        )
+
+
+class NumberLikes(xo.Optimizer):
+    """Constants of NumPy's scalar types count as the numbers they are, on either side."""
+
+    lr: float = 0.3
+    slots = ("m",)
+
+    @staticmethod
+    def rule(xp, p, g, m, *, lr):
+        m = np.float64(0.1) * m + g * np.float32(0.1) - np.int64(3) / (2 + g * g) + np.float16(1) * lr
+        return p - 2**60 * (g - g) - lr * m / np.float64(7) + xp.maximum(np.float64(0.25), m), m
+
+
+USER_RULES = {
+    "functions": EveryFunction,
+    "operators": EveryOperator,
+    "results": Branching,
+    "scalars": Scalars,
+    "special scalars": SpecialScalars,
+    "numbers": NumberLikes,
+}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -398,7 +459,6 @@ def test_the_table_is_what_numpy_says_on_ordinary_values(dtype: str) -> None:
             )
 
     p, g, _ = all_triples(dtype)
-    p, g = p[: len(p) // 2 * 2], g[: len(g) // 2 * 2]
     opt = Table()
     opt.update({"p": p}, {"p": g})
     slots = {name: slot["p"] for name, slot in opt.state["slots"].items()}
@@ -421,6 +481,36 @@ def test_the_table_is_what_numpy_says_on_ordinary_values(dtype: str) -> None:
             "cube": g * (g * g),
         }
     assert_same_tree(slots, expected)
+
+
+@pytest.mark.parametrize("step", [0, 1, 9, 10**3, 10**6, 2**31 - 1, 2**31, 2**32 + 5, 2**40 - 1])
+def test_late_steps(step: int) -> None:
+    """beta**t by repeated squaring, in the same order on both engines, however large t is."""
+
+    class Powers(xo.Optimizer):
+        b1: float = 0.9
+        b2: float = 0.9999999
+        b3: float = 1.0 - 2.0**-45
+        slots = ("x", "y", "z")
+
+        @staticmethod
+        def rule(xp, p, g, x, y, z, *, t, b1, b2, b3):
+            return t * g, b1**t * g, b2**t * g, b3**t * g
+
+    results = []
+    for engine in ("reference", "fused"):
+        opt, params = Powers(), {"p": np.ones(3)}
+        state = opt.init(params) | {"step": step}
+        with xo.engine(engine):
+            results.append(opt.apply(params, {"p": np.array([1.0, -3.0, 1 / 3])}, state))
+    assert_same_tree(results[1], results[0])
+    params, state = results[0]
+    assert state["step"] == step + 1
+    assert params["p"][0] == step + 1
+    powers = [state["slots"][name]["p"][0] for name in "xyz"]
+    # Squaring doubles a relative error and rounds: at most 2t units of 2^-53, and 1e-16 where it has vanished.
+    for base, power in zip((0.9, 0.9999999, 1.0 - 2.0**-45), powers, strict=True):
+        assert power == pytest.approx(base ** (step + 1), rel=2 * (step + 1) * 2.0**-53, abs=1e-300)
 
 
 # Random combinations.

@@ -166,10 +166,21 @@ class TestKeepMask:
         ratio = (word + (not word_is_kept)) / 2**32
         assert bool(random.keep_mask(8, 9, (1,), ratio, xp=xp)[0]) is word_is_kept
 
-    def test_the_threshold_of_ratio_one_does_not_wrap(self):
-        assert random.threshold(1.0) == 2**32
-        assert random.threshold(0.0) == 0
-        assert random.threshold(0.5) == 2**31
+    @pytest.mark.parametrize(
+        ("ratio", "expected"),
+        [
+            (0.0, 0),
+            (0.1, 429496730),  # from 429496729.6
+            (0.3, 1288490189),  # from 1288490188.8
+            (0.7, 3006477107),  # from 3006477107.2
+            (2.5 / 2**32, 2),
+            (3.5 / 2**32, 4),
+            (0.5, 2**31),
+            (1.0, 2**32),
+        ],
+    )
+    def test_the_threshold_is_rounded_half_to_even_and_does_not_wrap(self, ratio, expected):
+        assert random.threshold(ratio) == expected
 
 
 def five_sigma(n, p):

@@ -7,9 +7,10 @@ Ctrl-C.
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -23,7 +24,7 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (help: {self.prog} --help)\n")
 
 
-def whole_number(minimum: int, maximum: int | None = None):
+def whole_number(minimum: int, maximum: int | None = None) -> Callable[[str], int]:
     """An argparse type: an int from `minimum` up to `maximum`."""
     allowed = f"at least {minimum}" if maximum is None else f"from {minimum} to {maximum}"
 
@@ -42,7 +43,7 @@ def whole_number(minimum: int, maximum: int | None = None):
 def make_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(prog="xpoptim", description="Gradient optimizers and Dropout for NumPy and CuPy.")
     parser.add_argument("--version", action="version", version=f"xpoptim {xpoptim.__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="command")
+    commands = parser.add_subparsers(dest="command", metavar="command", required=True)
 
     about = "train on real handwritten digits, compare the optimizers, save pictures"
     demo = commands.add_parser("demo", help=about, description=about.capitalize() + ".")
@@ -69,9 +70,9 @@ def make_parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--steps",
         type=whole_number(1),
-        default=1000,
+        default=600,
         metavar="N",
-        help="training steps of each network (default: 1000)",
+        help="training steps of each network (default: 600)",
     )
 
     about = "show versions, engines, devices and threads, and what is missing for each"
@@ -90,27 +91,33 @@ def run_demo(options: argparse.Namespace) -> int:
     return 0
 
 
+def run_info(options: argparse.Namespace) -> int:
+    from xpoptim.demo import info
+
+    info.show()
+    return 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (default: that of the process); the exit status."""
-    parser = make_parser()
-    options = parser.parse_args(argv)
+    options = make_parser().parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # an output that knows ASCII only gets "?" for "µ", no traceback
     try:
-        if options.command == "demo":
-            return run_demo(options)
-        if options.command == "info":
-            from xpoptim.demo import info
-
-            info.show()
-            return 0
-        parser.error("choose a command, demo or info")
+        status = {"demo": run_demo, "info": run_info}[options.command](options)
+        sys.stdout.flush()
     except KeyboardInterrupt:
         print("xpoptim: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        # The reader of a pipe went away (`xpoptim info | head`). The interpreter flushes stdout once more when it
-        # ends, so hand it something that takes the rest.
+    except OSError as error:
+        # Standard output takes no more: its disk is full, or its reader has gone (`xpoptim info | head -1`), of which
+        # nobody wants to hear. The interpreter will write the rest once more when it ends; let it succeed.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        if isinstance(error, BrokenPipeError):
+            return 1
+        print(f"xpoptim: error: cannot write the output ({error.strerror or error})", file=sys.stderr)
+        return 2
+    return status
 
 
 if __name__ == "__main__":

@@ -82,8 +82,9 @@ def _dropped(xp: Any, x: Any, keep: Any, scale: Any, zero: Any) -> Any:
 def dropout(x: Any, ratio: float, *, seed: int, stream: int, inverted: bool = False) -> Any:
     """Dropout in training, as a pure function: ``where(keep, x * scale, +0)``.
 
-    Element ``i`` of ``x``, in C order, is dropped if word ``i`` of ``(seed, stream)`` is below ``round(ratio
-    * 2**32)``. The map is linear in ``x``, so its gradient is the same call on the upstream gradient.
+    Element ``i`` of ``x``, in C order, is dropped if word ``i`` of ``(seed, stream)`` is below
+    ``round(ratio * 2**32)``. The map is linear in ``x``, so its gradient is the same call on the upstream
+    gradient.
 
     Parameters
     ----------
@@ -126,14 +127,13 @@ class Dropout:
 
     ::
 
-        forward, training:  y = where(keep, x * scale, +0)    scale = 1, or 1 / (1 - dropout_ratio) if
-        inverted forward, test:      y = x * (1 - dropout_ratio), or x if inverted backward:           dx =
-        where(keep, dout * scale, +0)
+        training:  y = where(keep, x * scale, +0)        scale = 1, inverted: 1 / (1 - dropout_ratio)
+        test:      y = x * (1 - dropout_ratio)           inverted: y = x
+        backward:  dx = where(keep, dout * scale, +0)
 
     ``keep`` depends on the seed, the layer, the call and the shape alone: element ``i`` in C order is
     dropped if word ``i`` of the stream ``layer << 32 | call`` (see :func:`xpoptim.random.words`) is below
-    ``round(dropout_ratio * 2**32)``. The mask is the same on every backend, and a dropped inf or NaN becomes
-    0.
+    ``round(dropout_ratio * 2**32)``. The mask is the same on every backend.
 
     Parameters
     ----------
@@ -162,14 +162,16 @@ class Dropout:
         The mask of the latest training forward, True = kept, drawn anew on each access, in the namespace of
         that forward's x.
 
-    Notes ----- Each array may be of any Array API namespace and layout, of float16, bfloat16, float32,
-    float64, complex64 or complex128, or a Python or NumPy scalar. A complex element is kept or dropped as a
-    whole. Between forward and backward the layer holds a few numbers, never an array.
+    Notes
+    -----
+    Each array may be of any Array API namespace and layout, of float16, bfloat16, float32, float64,
+    complex64 or complex128, or a Python or NumPy scalar. A complex element is kept or dropped as a whole.
+    Between forward and backward the layer holds a few numbers, never an array.
 
     Source: N. Srivastava et al., "Dropout: a simple way to prevent neural networks from overfitting", JMLR
     15 (2014). The default, which scales at test time, is the paper's and that of K. Saito's *Deep Learning
-    from Scratch*; torch, Keras and Chainer use the inverted form. Theirs multiply by the mask, so that a
-    dropped inf or NaN stays NaN.
+    from Scratch*; torch and Keras use the inverted form. Where dropout is a
+    product with the mask, as in the book and in torch, a dropped inf or NaN becomes NaN; here it becomes 0.
 
     Examples
     --------
@@ -272,6 +274,7 @@ class Dropout:
 
     @property
     def mask(self) -> Any:
+        """The mask of the latest training forward, True = kept, drawn anew on each access."""
         latest = self._known_latest("mask")
         xp = importlib.import_module(self._namespace)
         keep = _keep(xp, self._device, latest.shape, latest.settings, self._seed, self._stream(self._call))
@@ -340,6 +343,7 @@ class Dropout:
 
     @property
     def call(self) -> int:
+        """The number of the latest training forward; 0 before the first."""
         return self._call
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -349,8 +353,7 @@ class Dropout:
         super().__setattr__(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
-        # A device need not pickle, nor exist where the copy is read: the copy's mask goes to the default
-        # device.
+        # A device need not pickle, nor exist where the copy is read: its mask goes to the default device.
         return {**self.__dict__, "_device": None}
 
     def __repr__(self) -> str:
@@ -368,7 +371,7 @@ class Dropout:
 
     def _known_latest(self, what: str) -> _Latest:
         if self._latest is None:
-            raise RuntimeError(f"{what} needs a mask: call forward(x) in training mode (train_flg=True) first")
+            raise RuntimeError(f"{what} before a training forward: call forward(x) with train_flg=True first")
         return self._latest
 
 
@@ -492,7 +495,7 @@ def _leaf(name: str, x: Any, out: Any) -> _Leaf:
     if dtype not in COMPUTE_DTYPE:
         raise TypeError(
             f"{name} has dtype {dtype}, but Dropout takes {', '.join(COMPUTE_DTYPE)}: "
-            f"convert it first, for example with {name}.astype(float32)"
+            "convert it first, for example to float32"
         )
     if out is not None:
         _check_out(name, x, out, xp)

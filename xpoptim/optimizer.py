@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 from . import hyperparameters, options
+from .engines.ready import Ready
 from .engines.selection import selected
 from .errors import TraceError
 from .fusion.dtypes import COMPLEX_DTYPES, REAL_DTYPES
@@ -58,6 +59,9 @@ class Optimizer:
         Clamp every gradient element (each part of a complex one) into ``[-clip_value, clip_value]``.
     maximize : bool, default False
         Ascend instead of descend.
+    capturable : bool, default False
+        For CuPy arrays: keep the step count and the scalars on the GPU, so that `update` can be captured in a CUDA
+        graph; see `prepare_replay`. NumPy arrays are served as ever.
 
     Every float may be a schedule, a function ``step -> float`` that is given 0 at the first update, and may be assigned
     at any time (``opt.lr = 1e-4``).
@@ -82,22 +86,32 @@ class Optimizer:
     clip_norm: float | None = None
     clip_value: float | None = None
     maximize: bool = False
+    capturable: bool = False
 
     slots: ClassVar[tuple[str, ...] | Mapping[str, Any]] = ()
     fused: ClassVar[bool] = True
     rule: ClassVar[Callable[..., Any]]
 
-    _options: ClassVar[tuple[str, ...]] = ("weight_decay", "decoupled", "clip_norm", "clip_value", "maximize")
+    _options: ClassVar[tuple[str, ...]] = (
+        "weight_decay",
+        "decoupled",
+        "clip_norm",
+        "clip_value",
+        "maximize",
+        "capturable",
+    )
     _fields: ClassVar[tuple[str, ...]] = ()  # the rule's hyperparameters, in order
-    _static: ClassVar[frozenset[str]] = frozenset({"decoupled", "maximize"})
+    _static: ClassVar[frozenset[str]] = frozenset({"decoupled", "maximize", "capturable"})
     _takes: ClassVar[tuple[str, ...]] = ()  # the keywords of the rule
     __signature__: ClassVar[inspect.Signature]
 
     # Of the object; with leading underscores, so no hyperparameters.
     _state: State
     _cached_recipe: Recipe | None
-    _ready: Any  # an `engines.ready.Ready`: what the next step can start from
+    _ready: Ready | None  # what the next step can start from
     _known: Signature | None  # what the first update fixed
+    _counter: Any  # an `engines.cuda.Counter`, while a GPU counts the steps
+    _captured: list[Any]  # plans whose memory captured graphs use
     _verified: Any  # the parameters' places in memory that are known not to overlap
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -188,6 +202,8 @@ class Optimizer:
         object.__setattr__(self, "_cached_recipe", None)
         object.__setattr__(self, "_ready", None)
         object.__setattr__(self, "_verified", None)
+        object.__setattr__(self, "_counter", None)
+        object.__setattr__(self, "_captured", [])
 
     def __setattr__(self, name: str, value: Any) -> None:
         cls = type(self)
@@ -205,9 +221,34 @@ class Optimizer:
     def state(self) -> State:
         """``{"step": int, "slots": {name: {key: array}}}``: the arrays themselves, not copies.
 
-        ``step`` counts the applied updates. There are no slots before the first.
+        ``step`` counts the applied updates. There are no slots before the first. Where a GPU counts (``clip_norm`` or
+        ``capturable`` with CuPy arrays) reading waits for it.
         """
+        if self._counter is not None:
+            self._state["step"] = self._counter.read()[0]
         return self._state
+
+    @property
+    def skipped(self) -> int:
+        """The number of steps that a GPU has skipped, because the gradients' norm was not finite. Waits for it.
+
+        >>> import xpoptim as xo
+        >>> xo.SGD().skipped
+        0
+        """
+        return self._counter.read()[1] if self._counter is not None else 0
+
+    def check(self) -> None:
+        """Raise ``FloatingPointError`` if a GPU has skipped steps. On NumPy arrays `update` itself raises.
+
+        >>> import xpoptim as xo
+        >>> xo.SGD().check()
+        """
+        if self.skipped:
+            raise FloatingPointError(
+                f"{self.skipped} steps were skipped, since the norm of the gradients was not finite; "
+                "parameters and state are those of the applied steps"
+            )
 
     def __repr__(self) -> str:
         parts = [f"{name}={getattr(self, name)!r}" for name in self._fields]
@@ -215,6 +256,7 @@ class Optimizer:
         return f"{type(self).__name__}({', '.join(parts)})"
 
     def __getstate__(self) -> dict[str, Any]:
+        _ = self.state  # brings the step count up to date
         return {name: getattr(self, name) for name in (*self._fields, *self._options, "_state", "_known")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -225,7 +267,7 @@ class Optimizer:
     def __copy__(self) -> Optimizer:
         """A copy with a state of its own: two optimizers must not step the same slots."""
         new = object.__new__(type(self))
-        new.__setstate__(self.__getstate__() | {"_state": copied_state(self._state)})
+        new.__setstate__(self.__getstate__() | {"_state": copied_state(self.state)})
         return new
 
     @property
@@ -335,7 +377,11 @@ class Optimizer:
         if writing:
             object.__setattr__(self, "_verified", check_memory(leaves, self._verified))
         copy_overlapping_gradients(leaves)
-        step = Step(recipe, leaves, self._scalars(recipe, state["step"]))
+        _refuse_capture(leaves)
+        step = self._step(recipe, leaves, state, writing)
+        if writing and self._counter is not None and step.counter is None:
+            _ = self.state  # the host counts again
+            step = self._step(recipe, leaves, state, writing)
         state["slots"] = slots
         step.run()
         for k, name in enumerate(recipe.slots):
@@ -344,9 +390,17 @@ class Optimizer:
         state["step"] += 1
         if writing:
             object.__setattr__(self, "_known", known)
+            object.__setattr__(self, "_counter", step.counter)
         return step
 
-    def _again(self, ready: Any, params: Any, grads: Any) -> bool:
+    def _step(self, recipe: Recipe, leaves: list[Leaf], state: State, writing: bool) -> Step:
+        values = self._scalars(recipe, state["step"])
+        if not writing:
+            return Step(recipe, leaves, values)
+        count, counter = state["step"], self._counter
+        return Step(recipe, leaves, values, count=count, counter=counter, capturable=self.capturable)
+
+    def _again(self, ready: Ready, params: Any, grads: Any) -> bool:
         """The step over arrays that are what they were at the last one, checked by `Ready`. False: do it in full."""
         recipe = self._recipe
         if recipe is not ready.recipe or selected() == "reference":
@@ -356,12 +410,67 @@ class Optimizer:
         if columns is None:
             return False
         values = self._scalars(recipe, state["step"])
+        if ready.on_gpu:
+            return self._again_on_gpu(ready, values)
         if recipe.reductions:
             sums = ready.plan.squares(values, ready.odd(columns))
             values.append(finite_norm(ready.keys, dict(zip(ready.keys, sums.tolist(), strict=True))))
         ready.plan.run(values)
         state["step"] += 1
         return True
+
+    def _again_on_gpu(self, ready: Ready, values: list[float]) -> bool:
+        """The same for CuPy arrays. While a graph is captured, nothing is done yet, and so nothing is counted."""
+        from .engines import driver
+
+        counter, capturing = self._counter, driver.capturing()
+        counted = self.capturable or bool(ready.recipe.reductions)
+        if (counter is not None) is not counted or (capturing and not self.capturable):
+            return False
+        if counter is None:
+            ready.plan.run(values)
+        else:
+            if counter.expected != self._state["step"]:
+                counter.write(self._state["step"])
+            ready.plan.run_on_device(values, counter, from_state=capturing)
+        if capturing:
+            self._captured.append(ready.plan)
+        else:
+            self._state["step"] += 1
+            if counter is not None:
+                counter.expected += 1
+        return True
+
+    def prepare_replay(self) -> None:
+        """Before a replay of a captured `update`: hand the present hyperparameters to the GPU, in stream order.
+
+        The step count advances by itself; schedules are evaluated here, for the step that the replay will be. Without
+        this call a replay uses the hyperparameters of the last one. Raises ``RuntimeError`` if nothing was captured, or
+        if what is computed has changed since (an option was switched on or off)::
+
+            opt = xo.Adam(lr=schedule, capturable=True)
+            opt.update(params, grads)                    # compiles and allocates
+            stream = cupy.cuda.Stream(non_blocking=True)
+            with stream:
+                stream.begin_capture()
+                opt.update(params, grads)                # recorded, not run
+                graph = stream.end_capture()
+                for batch in batches:
+                    ...                                  # fill the same gradient arrays
+                    opt.prepare_replay()
+                    graph.launch(stream)
+        """
+        counter, plan = self._counter, self._captured[-1] if self._captured else None
+        if counter is None or plan is None:
+            raise RuntimeError(
+                "prepare_replay: no update of this optimizer was captured (make it with capturable=True, "
+                "run update once on CuPy arrays, then capture one)"
+            )
+        if plan.recipe != self._recipe:
+            raise RuntimeError("prepare_replay: an option was switched on or off since the capture: capture again")
+        plan.set_inputs(self._scalars(self._recipe, self._state["step"]), counter)
+        self._state["step"] += 1
+        counter.expected += 1
 
     # -----------------------------------------------------------------------------------------------------------------
     # Saving
@@ -375,7 +484,7 @@ class Optimizer:
         >>> xo.SGD(lr=0.5).state_dict()["hyperparameters"]["lr"]
         0.5
         """
-        step = self._state["step"]
+        step = self.state["step"]
         name = type(self).__name__
         values = {n: hyperparameters.at(name, n, getattr(self, n), step) for n in (*self._fields, *self._options)}
         return {"class": name, "hyperparameters": values, **copied_state(self._state)}
@@ -405,6 +514,8 @@ class Optimizer:
             check_same(self._state["slots"], state["slots"])
         object.__setattr__(self, "_state", state)
         object.__setattr__(self, "_ready", None)
+        if self._counter is not None:
+            self._counter.write(state["step"])
 
     # -----------------------------------------------------------------------------------------------------------------
     # Looking inside
@@ -453,6 +564,19 @@ class Optimizer:
                 raise ValueError(f"{given!r} is no parameter dtype: {', '.join(REAL_DTYPES + COMPLEX_DTYPES)}")
         passes = self._recipe.programs(dtype, grad_dtype or dtype).values()
         return Source("\n\n".join(writers[kind](program) for program in passes))
+
+
+def _refuse_capture(leaves: list[Leaf]) -> None:
+    """A step that must check, compile or allocate cannot be captured in a CUDA graph."""
+    if all(leaf.space != "cupy" for leaf in leaves):
+        return
+    from .engines import driver
+
+    if driver.capturing():
+        raise RuntimeError(
+            "update cannot be captured now: make the optimizer with capturable=True, and run update once on the "
+            "same arrays (and with the same options) before the capture"
+        )
 
 
 class Source(str):

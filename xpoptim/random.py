@@ -31,9 +31,8 @@ PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 PHILOX_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 PHILOX_ROUNDS = 10
 
-# Blocks drawn at once: 128 KiB a lane, so that the dozen lanes alive in a round stay in a core's
-# second-level cache. On a GPU each operation is a launch, which larger pieces repay. Both divide 2**32: see
-# _pieces.
+# Blocks drawn at once: 128 KiB a lane, so that the dozen lanes alive in a round stay in a core's own cache.
+# On a GPU each operation is a launch, which larger pieces repay. Both divide 2**32: see _pieces.
 PIECE_ON_HOST = 1 << 14
 PIECE_ON_GPU = 1 << 20
 
@@ -46,8 +45,7 @@ def philox4x32(
     keys: Sequence[tuple[Any, Any]],
     mulhilo: Callable[[int, Any], tuple[Any, Any]],
 ) -> tuple[Any, Any, Any, Any]:
-    """Four output words of Philox4x32 for a counter of four 32-bit lanes, one round for each pair of
-    ``keys``.
+    """Four output words of Philox4x32 for a counter of four 32-bit lanes: one round per pair of ``keys``.
 
     A lane is anything with ``^`` for which ``mulhilo(constant, lane)`` gives the high and the low 32 bits of
     the product: an array, a Python int, or a node of a traced program.
@@ -91,7 +89,7 @@ def words(seed: int, stream: int, n: int, xp: Any = None, *, start_block: int = 
     Parameters
     ----------
     seed, stream : int
-        In [0, 2**64). Different pairs give independent words.
+        In [0, 2**64). Different pairs give unrelated words.
     n : int
         How many words.
     xp : namespace, optional
@@ -108,7 +106,9 @@ def words(seed: int, stream: int, n: int, xp: Any = None, *, start_block: int = 
     TypeError, ValueError
         For an argument that is no integer or is out of range.
 
-    Notes ----- Source: Salmon et al., SC'11; the words are those of Random123's ``philox4x32``. NumPy's own
+    Notes
+    -----
+    Source: Salmon et al., SC'11; the words are those of Random123's ``philox4x32`` with ten rounds. NumPy's own
     ``Philox`` is the 64-bit variant (4x64) and gives other words.
 
     Examples

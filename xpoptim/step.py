@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from .engines import reference
+from .engines.ready import Ready, ready
 from .engines.selection import selected
 from .fusion.norm import add_in_order
 from .leaves import Leaf, named, replaced, resolve_gradient, resolve_parameter
@@ -51,93 +52,163 @@ def copy_overlapping_gradients(leaves: list[Leaf]) -> None:
 
 
 class Step:
-    """A recipe over checked leaves. Making one may raise and writes nothing; `run` writes."""
+    """A recipe over checked leaves. Making one may raise and writes nothing; `run` writes.
 
-    def __init__(self, recipe: Recipe, leaves: list[Leaf], values: list[float]) -> None:
+    ``counter`` is the optimizer's step count on a GPU, if it has one already, and ``count`` the host's; None keeps the
+    count on the host. Then a global norm is fetched from the GPU, which waits for it.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        leaves: list[Leaf],
+        values: list[float],
+        *,
+        count: int | None = None,
+        counter: Any = None,
+        capturable: bool = False,
+    ) -> None:
         self.recipe, self.leaves, self.values = recipe, leaves, values
-        self.fused, self.others = _divided(recipe, leaves)
-        self.plan = self._plan()
+        self.cpu, self.gpu, self.others, self.staged = _divided(recipe, leaves)
         _trace_all(recipe, self.others)
-        if recipe.reductions:
+        self.cpu_plan, self.gpu_plan = self._plans()
+        counted = recipe.reductions or capturable
+        alone = self.gpu_plan is not None and len(self.gpu_plan.devices) == 1 and not self.others and not self.cpu
+        self.counter = self._counter(counter, count) if count is not None and counted and alone else None
+        if recipe.reductions and self.counter is None:
             self.values = [*values, self._norm()]
+        # A rule that was not traced may raise for any leaf: it must have run for all of them before the first write.
+        self._results = None if recipe.fused else [self._computed(leaf) for leaf in self.others]
 
-    def _plan(self) -> Any:
-        if not self.fused:
-            return None
-        from .engines.cpu import Plan
+    def _computed(self, leaf: Leaf) -> list[Any]:
+        return reference.computed(self.recipe, leaf, dict(zip(self.recipe.inputs, self.values, strict=True)))
 
-        return Plan(self.recipe, self.fused)
+    def _plans(self) -> tuple[Any, Any]:
+        cpu_plan = gpu_plan = None
+        if self.cpu:
+            from .engines.cpu import Plan
+
+            cpu_plan = Plan(self.recipe, self.cpu)
+        if self.gpu:
+            from .engines import cuda
+
+            gpu_plan = cuda.Plan(self.recipe, self.gpu)
+        return cpu_plan, gpu_plan
+
+    def _counter(self, counter: Any, count: int) -> Any:
+        from .engines.cuda import Counter
+
+        self.gpu_plan.prepare()
+        device = self.gpu_plan.devices[0]
+        if counter is None or counter.device != device:
+            return Counter(device, count)
+        if counter.expected != count:
+            counter.write(count)
+        return counter
 
     def _norm(self) -> float:
         scalars = dict(zip(self.recipe.inputs, self.values, strict=False))
         sums: dict[str, float] = {}
-        if self.plan is not None:
-            odd = {i: x.g for i, x in enumerate(self.fused) if x.g is not None and not x.g.flags.c_contiguous}
-            squares = self.plan.squares(self.values, odd)
-            sums = dict(zip((x.key for x in self.fused), squares.tolist(), strict=True))
+        if self.cpu_plan is not None:
+            odd = {i: x.g for i, x in enumerate(self.cpu) if x.g is not None and not x.g.flags.c_contiguous}
+            squares = self.cpu_plan.squares(self.values, odd)
+            sums |= dict(zip((x.key for x in self.cpu), squares.tolist(), strict=True))
+        if self.gpu_plan is not None:
+            sums |= {self.gpu[i].key: value for i, value in self.gpu_plan.squares(self.values).items()}
         sums |= {leaf.key: reference.squares_sum(self.recipe, leaf, scalars) for leaf in self.others}
         return finite_norm([leaf.key for leaf in self.leaves], sums)
 
     def run(self) -> None:
         """Write parameters and slots; immutable leaves get new arrays instead."""
-        if self.plan is not None:
-            self.plan.run(self.values)
-        scalars = dict(zip(self.recipe.inputs, self.values, strict=True))
-        for leaf in self.others:
-            reference.step(self.recipe, leaf, scalars)
+        if self.cpu_plan is not None:
+            self.cpu_plan.run(self.values)
+        if self.counter is not None:
+            self.gpu_plan.run_on_device(self.values, self.counter, from_state=False)
+            self.counter.expected += 1
+        elif self.gpu_plan is not None:
+            self.gpu_plan.run(self.values)
+        if self.staged:
+            from .engines.cuda import unstage
 
-    def ready(self) -> Any:
-        """What the next step can start from, if every leaf was one plain array after the other; else None."""
-        if self.plan is None or len(self.fused) != len(self.leaves):
+            for leaf, copy in self.staged:
+                unstage(leaf, copy)
+        for i, leaf in enumerate(self.others):
+            reference.write(leaf, self._computed(leaf) if self._results is None else self._results[i])
+
+    def ready(self) -> Ready | None:
+        """What the next step can start from, if one engine served every leaf as it stands; else None."""
+        if self.staged or self.others:
             return None
-        from .engines.ready import Ready
+        if len(self.cpu) == len(self.leaves):
+            return ready(self.recipe, self.cpu_plan, self.leaves)
+        # Without a counter a norm over GPUs takes the host, which only a full step does.
+        if len(self.gpu) == len(self.leaves) and (self.counter is not None or not self.recipe.reductions):
+            return ready(self.recipe, self.gpu_plan, self.leaves)
+        return None
 
-        return Ready(self.recipe, self.plan, self.leaves) if Ready.possible(self.leaves) else None
+
+Divided = tuple[list[Leaf], list[Leaf], list[Leaf], list[tuple[Leaf, Leaf]]]
 
 
-def _divided(recipe: Recipe, leaves: list[Leaf]) -> tuple[list[Leaf], list[Leaf]]:
-    """The leaves for the fused engine, and those with a gradient for the reference engine."""
+def _divided(recipe: Recipe, leaves: list[Leaf]) -> Divided:
+    """The leaves for the CPU's kernels, the GPU's, and the reference engine; and those that the GPU gets as copies."""
     engine = selected()
-    fused, others = [], []
+    cpu: list[Leaf] = []
+    gpu: list[Leaf] = []
+    others: list[Leaf] = []
+    staged: list[tuple[Leaf, Leaf]] = []
     for leaf in leaves:
         reason = _obstacle(recipe, leaf)
         if reason and engine == "fused" and leaf.g is not None:
-            raise ValueError(
-                f'{named("params", leaf.key)} cannot take the fused path: {reason} (xo.engine("auto") allows it)'
-            )
-        if not reason and engine != "reference":
-            fused.append(leaf)
+            place = named("params", leaf.key)
+            raise ValueError(f'{place} cannot take the fused path: {reason} (xo.engine("auto") allows it)')
+        if engine == "reference" or (reason and not _stageable(recipe, leaf)):
+            if leaf.g is not None:
+                others.append(leaf)
+        elif leaf.space == "numpy":
+            cpu.append(leaf)
+        elif not reason:
+            gpu.append(leaf)
         elif leaf.g is not None:
-            others.append(leaf)
-    return fused, others
+            from .engines import cuda
+
+            staged.append((leaf, cuda.staged(leaf)))
+            gpu.append(staged[-1][1])
+    return cpu, gpu, others, staged
+
+
+def _stageable(recipe: Recipe, leaf: Leaf) -> bool:
+    """Whether a leaf with an obstacle gets a kernel through dense copies: CuPy's own arithmetic flushes subnormals."""
+    return recipe.fused and leaf.space == "cupy"
 
 
 def _obstacle(recipe: Recipe, leaf: Leaf) -> str:
     if not recipe.fused:
         return f"{recipe.name} says fused = False: it is plain Array API code"
-    if leaf.space != "numpy":
-        return f"there is no fused engine for {leaf.space} arrays"
-    from .engines.cpu import obstacle
+    if leaf.space == "numpy":
+        from .engines import cpu
 
-    return obstacle(leaf)
+        return cpu.obstacle(leaf)
+    if leaf.space == "cupy":
+        from .engines import cuda
+
+        return cuda.obstacle(leaf)
+    return f"there is no fused engine for {leaf.space} arrays"
 
 
 def engine_for(recipe: Recipe, leaf: Leaf, with_gradient: bool) -> tuple[str, str]:
+    """Which engine serves a leaf, and why."""
     if with_gradient and leaf.g is None:
         return "none", "its gradient is None: left as it is"
     if selected() == "reference":
         return "reference", 'chosen by xo.engine("reference") or XPOPTIM_ENGINE'
     reason = _obstacle(recipe, leaf)
     if reason:
-        return "reference", reason
+        return ("staged", f"{reason}: through dense copies") if _stageable(recipe, leaf) else ("reference", reason)
     if replaced(leaf):
-        kind = (
-            "a Python float"
-            if isinstance(leaf.given, float) and not isinstance(leaf.given, np.generic)
-            else "a NumPy scalar"
-        )
+        kind = "a NumPy scalar" if isinstance(leaf.given, np.generic) else "a Python float"
         return "fused", f"{kind}, through an array of its own; replaced in its container"
-    return "fused", "dense NumPy arrays of equal layout"
+    return "fused", f"dense {'CuPy' if leaf.space == 'cupy' else 'NumPy'} arrays of equal layout"
 
 
 def _trace_all(recipe: Recipe, leaves: list[Leaf]) -> None:

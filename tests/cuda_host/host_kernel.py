@@ -29,7 +29,8 @@ import numpy as np
 
 HERE = Path(__file__).parent
 
-# No contraction to fused multiply-adds, as with NVRTC; and a vector may be read where floats were written.
+# No contraction to fused multiply-adds, as with NVRTC; a vector may be read where floats were written; and a
+# kernel's name stays its own, also where the C library has a function of that name.
 FLAGS = (
     "-O1",
     "-std=c++17",
@@ -39,6 +40,7 @@ FLAGS = (
     "-ffp-contract=off",
     "-fno-strict-aliasing",
     "-fno-math-errno",
+    "-fvisibility=hidden",
 )
 SANITIZERS = ("-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 SANITIZE = "XPOPTIM_HOST_SANITIZE"  # the environment variable by which `run_sanitized` tells its child
@@ -67,9 +69,7 @@ class HostModule:
     def __init__(self, source: str, *, backward: bool = False) -> None:
         names = re.findall(r"__global__\s+void\s+(?:__launch_bounds__\s*\([^)]*\)\s*)?(\w+)\s*\(", source)
         exports = "".join(f"HOST_KERNEL({name})\n" for name in names)
-        self._library = ctypes.CDLL(
-            str(_build(f'#include "shim.h"\n#line 1 "kernel.cu"\n{source}\n{exports}'))
-        )
+        self._library = ctypes.CDLL(str(_build(f'#include "shim.h"\n#line 1 "kernel.cu"\n{source}\n{exports}')))
         self._names = names
         self._backward = backward
         self._lock = threading.Lock()  # the state of a launch is static
@@ -94,9 +94,7 @@ class HostKernel:
         self._lock = lock
         self._backward = backward
 
-    def __call__(
-        self, grid: tuple[int, ...], block: tuple[int, ...], args: Sequence[Any], stream: Any = None
-    ) -> None:
+    def __call__(self, grid: tuple[int, ...], block: tuple[int, ...], args: Sequence[Any], stream: Any = None) -> None:
         if len(args) != len(self.sizes):
             raise TypeError(f"kernel {self.name} takes {len(self.sizes)} arguments, {len(args)} were given")
         values = [_by_value(argument) for argument in args]
@@ -105,9 +103,7 @@ class HostKernel:
                 given = f"argument {number} of kernel {self.name} is of {value.nbytes} bytes"
                 raise TypeError(f"{given}, its parameter of {size}")
         if sum(self.sizes) > 32764:
-            raise TypeError(
-                f"the parameters of kernel {self.name} take {sum(self.sizes)} bytes, 32764 are allowed"
-            )
+            raise TypeError(f"the parameters of kernel {self.name} take {sum(self.sizes)} bytes, 32764 are allowed")
         shape = [*_three(grid, "grid"), *_three(block, "block")]
         pointers = (ctypes.c_void_p * len(values))(*(value.ctypes.data for value in values))
         with self._lock:
@@ -146,9 +142,7 @@ def _by_value(argument: Any) -> np.ndarray:
         return np.array([argument.ptr], np.uint64)
     if isinstance(argument, np.ndarray):
         if argument.size != 1:
-            raise TypeError(
-                f"a NumPy array of shape {argument.shape} as an argument: only one element goes by value"
-            )
+            raise TypeError(f"a NumPy array of shape {argument.shape} as an argument: only one element goes by value")
         return argument
     if isinstance(argument, np.generic | bool | int | float | complex):
         return np.array([argument])
@@ -177,9 +171,7 @@ def _build(text: str) -> Path:
 
 @functools.cache
 def _compiler() -> str:
-    return subprocess.run(
-        ["g++", "--version"], capture_output=True, text=True, check=True
-    ).stdout.splitlines()[0]
+    return subprocess.run(["g++", "--version"], capture_output=True, text=True, check=True).stdout.splitlines()[0]
 
 
 # --- memory
@@ -272,9 +264,7 @@ def run_sanitized(*arguments: str, timeout: float = 300) -> subprocess.Completed
     # Python itself is not instrumented, so the library has to be there from the start; libstdc++ too, for it
     # could not take over the throwing of exceptions else.
     libraries = [
-        subprocess.run(
-            ["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True
-        ).stdout.strip()
+        subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
         for name in ("libasan.so", "libstdc++.so")
     ]
     environment = os.environ | {

@@ -228,12 +228,13 @@ inline unsigned vote(bool mine, int line) {
 
 }  // namespace host
 
+#define HOST_EXPORT extern "C" __attribute__((visibility("default")))
 #define HOST_KERNEL(NAME) \
-    extern "C" const char* NAME##_run(const unsigned* shape, int descending, void** arguments) { \
+    HOST_EXPORT const char* NAME##_run(const unsigned* shape, int descending, void** arguments) { \
         return host::run(host::Launch<decltype(&NAME), &NAME>::read, {shape[0], shape[1], shape[2]}, \
                          {shape[3], shape[4], shape[5]}, descending, arguments); \
     } \
-    extern "C" int NAME##_sizes(int* to) { return host::Launch<decltype(&NAME), &NAME>::sizes(to); }
+    HOST_EXPORT int NAME##_sizes(int* to) { return host::Launch<decltype(&NAME), &NAME>::sizes(to); }
 
 // --- built-in variables and functions
 
@@ -253,6 +254,10 @@ inline unsigned vote(bool mine, int line) {
 #define __any_sync(mask, value) (host::vote(value, __LINE__) != 0)
 
 inline void __threadfence() {}
+
+#define __builtin_assume(condition)  // a promise to the optimizer, made of __isGlobal and the like
+inline bool __isGlobal(const void*) { return true; }
+
 template <class T> T host_replace(T* at, T value) { T old = *at; *at = value; return old; }
 #define atomicAdd(at, value) host_replace(at, (__typeof__(*(at)))(*(at) + (value)))
 #define atomicExch(at, value) host_replace(at, (__typeof__(*(at)))(value))

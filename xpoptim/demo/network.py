@@ -6,6 +6,7 @@ The array namespace is an argument, so the same code runs on NumPy and on CuPy.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -106,7 +107,7 @@ class Network:
         self.layers: list[Any] = []
         self.loss_layer = SoftmaxCrossEntropy(xp)
         rng = np.random.default_rng(seed)
-        for number, (inputs, outputs) in enumerate(zip(sizes, sizes[1:], strict=False), start=1):
+        for number, (inputs, outputs) in enumerate(pairwise(sizes), start=1):
             weights = rng.standard_normal((inputs, outputs)) * np.sqrt(2 / inputs)
             affine = Affine(xp.asarray(weights.astype(dtype)), xp.zeros(outputs, dtype=dtype))
             self.params[f"W{number}"], self.params[f"b{number}"] = affine.W, affine.b

@@ -41,8 +41,7 @@ class PlainNesterov(PlainMomentum):
         for key in params:
             if key not in self.v:
                 self.v[key] = 0 * params[key]
-            params[key] += self.momentum * self.momentum * self.v[key]
-            params[key] -= (1 + self.momentum) * self.lr * grads[key]
+            params[key] += self.momentum**2 * self.v[key] - (1 + self.momentum) * self.lr * grads[key]
             self.v[key] = self.momentum * self.v[key] - self.lr * grads[key]
 
 
@@ -74,9 +73,7 @@ class PlainRMSprop(PlainAdaGrad):
 class PlainAdam:
     weight_decay = 0.0
 
-    def __init__(
-        self, lr: float, xp: Any, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-7
-    ) -> None:
+    def __init__(self, lr: float, xp: Any, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-7) -> None:
         self.lr, self.xp, self.beta1, self.beta2, self.eps = lr, xp, beta1, beta2, eps
         self.t = 0
         self.m: Arrays = {}

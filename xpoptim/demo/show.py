@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
 
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -36,10 +37,10 @@ def main_job(backend_name: str, seed: int, out: Path, steps: int) -> None:
             with progress.task(entry.name, pictures.COLOURS[entry.name]) as on_step:
                 results.append(training.compare(backend, entry, data, seed, steps, on_step))
         curves = []
-        for title, ratio in (("no Dropout", 0.0), (f"Dropout {training.DEEP_RATIO:g}", training.DEEP_RATIO)):
+        for title, ratio in (("no Dropout", 0.0), (f"Dropout {training.STRONG_RATIO:g}", training.STRONG_RATIO)):
             with progress.task(title, "default") as on_step:
                 curves.append(training.overfit(backend, ratio, seed, steps, on_step))
-    console.print(table(results, backend))
+    console.print(table(results))
     console.print(notes(results, backend), highlight=False)
     with console.status("drawing the pictures"):
         files = save_pictures(out, results, curves)
@@ -70,9 +71,9 @@ def make_console() -> Console:
 def introduction(backend: Backend, data: training.Data) -> str:
     sizes = "-".join(map(str, training.SIZES))
     return (
-        f"xpoptim {xo.__version__} on {backend.name} {backend.xp.__version__}: a {sizes} network with Dropout "
-        f"{training.DROPOUT_RATIO:g} learns to read\n{len(data.y_train):,} handwritten digits and is tested on "
-        f"{len(data.y_test)} others; mini-batches of {training.BATCH}."
+        f"xpoptim {xo.__version__} on {backend.name} {backend.xp.__version__}\n"
+        f"Each optimizer trains a {sizes} network with Dropout {training.DROPOUT_RATIO:g} on {len(data.y_train):,} "
+        f"handwritten digits, mini-batches of {training.BATCH}; {len(data.y_test)} other digits test it."
     )
 
 
@@ -129,18 +130,18 @@ def progress_of(console: Console, steps: int) -> Iterator[Reporter]:
         yield Reporter(console, steps, bars)
 
 
-def table(results: list[Result], backend: Backend) -> Table:
-    """One row per optimizer."""
+def table(results: list[Result]) -> Table:
+    """One row per optimizer; narrow enough for 80 columns."""
+    shown = Table("\noptimizer", box=box.HORIZONTALS)
     headings = (
-        "learning\nrate",
+        "\nlr",
         "test\naccuracy",
-        "training\nloss",
+        "train\nloss",
         "steps\na second",
-        f"update,\n{ours(backend)}",
-        f"update,\nplain {label(backend)}",
+        "update\nµs",
+        "plain\nµs",
         "times\nfaster",
     )
-    shown = Table("\noptimizer")
     for heading in headings:
         shown.add_column(heading, justify="right")
     best = max(result.curve.test_accuracy[-1] for result in results)
@@ -152,42 +153,41 @@ def table(results: list[Result], backend: Backend) -> Table:
             Text(f"{accuracy:.2%}", style="bold" if accuracy == best else ""),
             f"{result.curve.loss[-1]:.4f}",
             f"{result.steps_per_second:,.0f}",
-            f"{result.fused_us:,.1f} µs",
-            f"{result.plain_us:,.1f} µs",
+            f"{result.fused_us:,.1f}",
+            f"{result.plain_us:,.1f}",
             f"{result.plain_us / result.fused_us:.1f}",
         )
     return shown
 
 
-def label(backend: Backend) -> str:
-    return {"numpy": "NumPy", "cupy": "CuPy"}[backend.name]
-
-
-def ours(backend: Backend) -> str:
-    """What the optimizer's own column is called: only on NumPy is the fused engine insisted on."""
-    return "fused" if backend.name == "numpy" else "xpoptim"
-
-
 def notes(results: list[Result], backend: Backend) -> str:
     """How to read the table's times."""
+    size = f"{results[0].parameters:,} parameters in {results[0].arrays} arrays"
+    if backend.name == "numpy":
+        what = f"median time of the fused optimizer for a step over {size}, {xo.get_num_threads()} threads at most"
+        peer = "NumPy"
+    else:
+        what = f"median time of xpoptim's optimizer for a step over {size}, until the GPU has finished"
+        peer = "CuPy"
     difference = max(result.difference for result in results)
-    threads = f", {xo.get_num_threads()} threads at most" if backend.name == "numpy" else ""
+    close = "are the same to the last bit" if difference == 0 else f"differ by {difference:.1g} at most"
     return (
-        f"Update: median time of one optimizer step over {results[0].parameters:,} parameters in "
-        f"{results[0].arrays} arrays{threads}. {ours(backend).capitalize()}\nand plain code got the same gradients in "
-        "the same run, in alternating order; the first step, which compiles,\nis left out. The parameters that the "
-        f"two reached differ by {difference:.1g} at most."
+        f"update: {what}.\nplain: textbook {peer} code, given the same gradients in the same run, in alternating "
+        "order.\nThe first step, which compiles, is left out of both. The parameters that the two reach "
+        f"{close}."
     )
 
 
 def save_pictures(out: Path, results: list[Result], curves: list[Curve]) -> list[Path]:
     """Draw the four pictures; their files."""
-    ways = {name: surface.path(optimizer) for name, optimizer in surface.optimizers().items()}
+    optimizers = surface.optimizers()
+    ways = {name: surface.path(optimizer) for name, optimizer in optimizers.items()}
+    rates = {name: optimizer.lr for name, optimizer in optimizers.items()}
     without, with_dropout = curves
     files = [out / f"{name}.png" for name in ("surface", "paths", "training", "dropout")]
     try:
         pictures.surface(files[0])
-        pictures.paths(files[1], ways)
+        pictures.paths(files[1], ways, rates)
         pictures.training_curves(files[2], results)
         pictures.dropout_gap(files[3], without, with_dropout)
     except OSError as error:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib import import_module
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -16,15 +18,13 @@ from xpoptim.demo.network import Array, Network
 
 BATCH = 100
 TRAIN_IMAGES = 1437  # four fifths of the 1,797
-SIZES = (64, 128, 64, 10)
+SIZES = (64, 256, 128, 64, 10)
 DROPOUT_RATIO = 0.2
 
 # For the Dropout picture: few images, and one label in five is wrong, so that there is something to overfit.
 SMALL_IMAGES = 300
 WRONG_LABELS = 60
-DEEP_SIZES = (64, 100, 100, 100, 100, 10)
-DEEP_RATIO = 0.4
-DEEP_LR = 0.001
+STRONG_RATIO = 0.5
 
 POINTS = 40  # measurements along each training curve
 
@@ -159,12 +159,18 @@ class Result:
 OnStep = Callable[[int, Curve], None]
 
 
-def batches(images: int, steps: int, seed: int) -> np.ndarray:
-    """Indices of the mini-batches, shape (steps, batch): whole shuffled passes over the images, cut up."""
+def batches(images: int, steps: int, seed: int) -> Iterator[np.ndarray]:
+    """Indices of the mini-batch of each step; every pass over the images has an order of its own.
+
+    Images left over at the end of a pass are skipped.
+    """
     rng = np.random.default_rng([seed, 1])
-    passes = -(-steps * BATCH // images)
-    order = np.concatenate([rng.permutation(images) for _ in range(passes)])
-    return order[: steps * BATCH].reshape(steps, BATCH)
+    order = np.arange(0)
+    for _ in range(steps):
+        if len(order) < BATCH:
+            order = rng.permutation(images)
+        yield order[:BATCH]
+        order = order[BATCH:]
 
 
 def measured_steps(steps: int, *, logarithmic: bool) -> set[int]:
@@ -173,6 +179,15 @@ def measured_steps(steps: int, *, logarithmic: bool) -> set[int]:
     return {round(float(step)) for step in space(1, steps, min(steps, POINTS))}
 
 
+@contextmanager
+def one_blas_thread() -> Iterator[None]:
+    """Matrix products on one thread: these are too small to share, and threads that wait would cost more."""
+    threadpoolctl = import_module("threadpoolctl")  # scikit-learn needs it, so it is there
+    with threadpoolctl.threadpool_limits(1, user_api="blas"):
+        yield
+
+
+@one_blas_thread()
 def compare(backend: Backend, entry: Entry, data: Data, seed: int, steps: int, on_step: OnStep) -> Result:
     """Train the network with one optimizer, and time it against the plain one on the same gradients.
 
@@ -190,41 +205,44 @@ def compare(backend: Backend, entry: Entry, data: Data, seed: int, steps: int, o
     result.arrays, result.parameters = len(plain_params), sum(value.size for value in plain_params.values())
     measured = measured_steps(steps, logarithmic=True)
 
-    def seconds(function: Callable[..., Any], *args: Any) -> float:
+    def timed(function: Callable[..., Any], *args: Any) -> tuple[float, Any]:
         synchronize()
         start = perf_counter()
-        function(*args)
+        value = function(*args)
         synchronize()
-        return perf_counter() - start
+        return perf_counter() - start, value
+
+    def plain_update() -> None:
+        result.plain_seconds.append(timed(plain_optimizer.update, plain_params, grads)[0])
 
     for step, chosen in enumerate(batches(len(data.y_train), steps, seed), start=1):
-        images, labels = data.x_train[chosen], data.y_train[chosen]
-        grads: dict[str, Array] = {}
-        result.gradient_seconds.append(seconds(lambda: grads.update(network.gradient(images, labels))))  # noqa: B023
+        batch = xp.asarray(chosen)
+        took, grads = timed(network.gradient, data.x_train[batch], data.y_train[batch])
+        result.gradient_seconds.append(took)
         if step % 2:
-            result.plain_seconds.append(seconds(plain_optimizer.update, plain_params, grads))
+            plain_update()
         with xo.engine(engine):
-            result.fused_seconds.append(seconds(optimizer.update, network.params, grads))
+            result.fused_seconds.append(timed(optimizer.update, network.params, grads)[0])
         if step % 2 == 0:
-            result.plain_seconds.append(seconds(plain_optimizer.update, plain_params, grads))
+            plain_update()
         if step in measured:
             result.curve.measure(step, network, data)
         on_step(step, result.curve)
-    result.difference = max(
-        float(abs(network.params[key] - plain_params[key]).max()) for key in network.params
-    )
+    result.difference = max(float(abs(network.params[key] - plain_params[key]).max()) for key in network.params)
     return result
 
 
+@one_blas_thread()
 def overfit(backend: Backend, dropout_ratio: float, seed: int, steps: int, on_step: OnStep) -> Curve:
-    """Train a deep network on a few images, some of them with a wrong label; for the Dropout picture."""
+    """Train the network on a few images, some of them with a wrong label; for the Dropout picture."""
     data = load_digits(backend.xp, seed, SMALL_IMAGES, WRONG_LABELS)
-    network = Network(DEEP_SIZES, backend.xp, seed=seed, dropout_ratio=dropout_ratio)
-    optimizer = xo.Adam(lr=DEEP_LR)
+    network = Network(SIZES, backend.xp, seed=seed, dropout_ratio=dropout_ratio)
+    optimizer = xo.Adam()
     curve = Curve()
     measured = measured_steps(steps, logarithmic=False)
     for step, chosen in enumerate(batches(SMALL_IMAGES, steps, seed), start=1):
-        optimizer.update(network.params, network.gradient(data.x_train[chosen], data.y_train[chosen]))
+        batch = backend.xp.asarray(chosen)
+        optimizer.update(network.params, network.gradient(data.x_train[batch], data.y_train[batch]))
         if step in measured:
             curve.measure(step, network, data)
         on_step(step, curve)

@@ -20,25 +20,25 @@ def _target() -> Any:
 
 def _machine() -> Any:
     return _target().create_target_machine(
-        cpu=llvm.get_host_cpu_name(), features=llvm.get_host_cpu_features().flatten(), opt=3
+        cpu=llvm.get_host_cpu_name(), features=llvm.get_host_cpu_features().flatten(), opt=2
     )
 
 
 class Module:
     """Compiled assembly; it stays loaded for as long as this object lives."""
 
-    def __init__(self, assembly: str) -> None:
+    def __init__(self, assembly: str, *, vectorize: bool = True) -> None:
         with _lock:
             machine = _machine()
             module = llvm.parse_assembly(assembly)
             module.triple = _target().triple
             module.data_layout = str(machine.target_data)
             module.verify()
-            tuning = llvm.create_pipeline_tuning_options(speed_level=3)
-            tuning.loop_vectorization = True
-            tuning.loop_unrolling = True
-            passes = llvm.create_pass_builder(machine, tuning)
-            passes.getModulePassManager().run(module, passes)
+            if vectorize:
+                tuning = llvm.create_pipeline_tuning_options(speed_level=3)
+                tuning.loop_vectorization = tuning.loop_unrolling = True
+                passes = llvm.create_pass_builder(machine, tuning)
+                passes.getModulePassManager().run(module, passes)
             self._engine = llvm.create_mcjit_compiler(module, machine)
             self._engine.finalize_object()
 

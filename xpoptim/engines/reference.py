@@ -52,12 +52,18 @@ def _prepared(recipe: Recipe, xp: Any, arrays: list[Any], dtype: str, scalars: d
     return backend, buffers, inputs, cast
 
 
-def step(recipe: Recipe, leaf: Leaf, scalars: dict[str, float]) -> None:
-    """Update one leaf: write its parameter and slots, or put new arrays in their place where they are immutable."""
+def computed(recipe: Recipe, leaf: Leaf, scalars: dict[str, float]) -> list[Any]:
+    """The leaf's new parameter and slots, in the compute dtype."""
     xp = namespace(leaf.p)
     with np.errstate(all="ignore"):
         parts = [_part(recipe, xp, arrays, leaf.dtype, scalars) for arrays in _parts(xp, leaf)]
-        new = [_joined(xp, [part[i] for part in parts], leaf) for i in range(1 + len(leaf.slots))]
+        return [_joined(xp, [part[i] for part in parts], leaf) for i in range(1 + len(leaf.slots))]
+
+
+def write(leaf: Leaf, new: list[Any]) -> None:
+    """Write what was computed, or put new arrays in the place of immutable ones."""
+    xp = namespace(leaf.p)
+    with np.errstate(all="ignore"):
         leaf.p = _put(xp, leaf.p, new[0], leaf.mutable)
         leaf.slots = [_put(xp, old, value, leaf.mutable) for old, value in zip(leaf.slots, new[1:], strict=True)]
 

@@ -248,7 +248,7 @@ def _function() -> tuple[Any, Any]:
     for name in ("PyTuple_GetItem", "PyList_GetItem"):
         address = ctypes.cast(getattr(ctypes.pythonapi, name), ctypes.c_void_p).value
         llvm.add_symbol(name, address)
-    module = Module(_ASSEMBLY)
+    module = Module(_ASSEMBLY, vectorize=False)  # it is in its final form, so compile it quickly
     # PYFUNCTYPE: the interpreter's lock is held, as for any extension module that looks at objects.
     prototype = ctypes.PYFUNCTYPE(ctypes.c_int64, ctypes.py_object, ctypes.c_void_p)
     return prototype(module.address("scan")), module
@@ -262,14 +262,9 @@ class Scanner:
     may be anywhere that no written array is, or None.
     """
 
-    def __init__(
-        self,
-        columns: list[list[Any]],
-        cells: list[list[int]],
-        lengths: list[tuple[int, int]],
-        written: list[Any],
-    ) -> None:
+    def __init__(self, columns: list[list[Any]], cells: list[list[int]], lengths: list[tuple[int, int]]) -> None:
         leaves = len(columns[0])
+        written = [array for j, column in enumerate(columns) if j != 1 for array in column]
         self._axes: list[np.ndarray] = []  # the records hold the addresses of these, and of these dtypes
         self._dtypes: list[np.dtype] = []
         records = np.zeros((len(columns), leaves, 6), np.int64)

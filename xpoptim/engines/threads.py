@@ -9,7 +9,10 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from concurrent.futures import ThreadPoolExecutor
 
 _lock = threading.Lock()
 _pool: ThreadPoolExecutor | None = None
@@ -89,6 +92,8 @@ def run(task: Callable[[], object], threads: int) -> None:
     global _pool
     with _lock:
         if _pool is None:
+            from concurrent.futures import ThreadPoolExecutor  # it takes milliseconds to import
+
             _pool = ThreadPoolExecutor(max(1, get_num_threads() - 1), thread_name_prefix="xpoptim")
         try:
             helpers = [_pool.submit(task) for _ in range(threads - 1)]

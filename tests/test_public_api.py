@@ -1,0 +1,174 @@
+"""The public names, their signatures and defaults, and what an import costs."""
+
+import ast
+import inspect
+import subprocess
+import sys
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import xpoptim as xo
+
+NAMES = {
+    "SGD",
+    "Momentum",
+    "Nesterov",
+    "AdaGrad",
+    "RMSprop",
+    "Adam",
+    "AdamW",
+    "Dropout",
+    "dropout",
+    "Optimizer",
+    "TraceError",
+    "engine",
+    "get_num_threads",
+    "set_num_threads",
+    "random",
+}
+
+# The book's arguments, in its order, which are also taken by position.
+SIGNATURES: dict[str, dict[str, Any]] = {
+    "SGD": {"lr": 0.01},
+    "Momentum": {"lr": 0.01, "momentum": 0.9},
+    "Nesterov": {"lr": 0.01, "momentum": 0.9},
+    "AdaGrad": {"lr": 0.01, "eps": 1e-7},
+    "RMSprop": {"lr": 0.01, "decay_rate": 0.99, "eps": 1e-7},
+    "Adam": {"lr": 0.001, "beta1": 0.9, "beta2": 0.999, "eps": 1e-7},
+    "AdamW": {"lr": 0.001, "beta1": 0.9, "beta2": 0.999, "eps": 1e-7},
+}
+OPTIONS = {
+    "weight_decay": 0.0,
+    "decoupled": False,
+    "clip_norm": None,
+    "clip_value": None,
+    "maximize": False,
+}
+
+
+def parameters(function: Any, kind: Any) -> dict[str, Any]:
+    found = inspect.signature(function).parameters.values()
+    return {p.name: p.default for p in found if p.kind is kind and p.name != "self"}
+
+
+def test_exactly_these_names() -> None:
+    assert set(xo.__all__) == NAMES
+    assert len(xo.__all__) == len(NAMES)
+    public = {name for name in vars(xo) if not name.startswith("_")}
+    # Submodules become attributes when they are imported; nothing else may.
+    assert {name for name in public - NAMES if not inspect.ismodule(getattr(xo, name))} == set()
+    assert isinstance(xo.__version__, str)
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_signatures(name: str) -> None:
+    kind = getattr(xo, name)
+    expected = OPTIONS | ({"weight_decay": 0.01, "decoupled": True} if name == "AdamW" else {})
+    positional = parameters(kind, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    assert positional == SIGNATURES[name]
+    assert list(positional) == list(SIGNATURES[name])
+    assert parameters(kind, inspect.Parameter.KEYWORD_ONLY) == expected
+    opt = kind()
+    for field, default in (SIGNATURES[name] | expected).items():
+        assert getattr(opt, field) == default
+        assert type(getattr(opt, field)) is type(default)
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_positional_arguments(name: str) -> None:
+    values = [0.1 + 0.01 * i for i in range(len(SIGNATURES[name]))]
+    opt = getattr(xo, name)(*values)
+    assert [getattr(opt, field) for field in SIGNATURES[name]] == values
+    with pytest.raises(TypeError):
+        getattr(xo, name)(*values, 0.5)
+
+
+METHODS = {
+    "update": ["params", "grads"],
+    "init": ["params"],
+    "apply": ["params", "grads", "state"],
+    "state_dict": [],
+    "load_state_dict": ["d"],
+    "explain": ["params", "grads"],
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_methods(method: str) -> None:
+    names = list(inspect.signature(getattr(xo.Optimizer, method)).parameters)
+    assert names == ["self", *METHODS[method]]
+
+
+def test_public_members_of_an_optimizer() -> None:
+    """Nothing but what is documented: rules and hyperparameters have the names for themselves."""
+    members = {name for name in dir(xo.Optimizer) if not name.startswith("_")}
+    assert members == {*METHODS, *OPTIONS, "source", "state", "slots", "fused"}
+
+
+def test_signatures_of_functions() -> None:
+    source = inspect.signature(xo.Optimizer.source).parameters
+    assert list(source)[:3] == ["self", "kind", "dtype"]
+    assert source["dtype"].default == "float32"
+    assert list(inspect.signature(xo.engine).parameters) == ["name"]
+    assert list(inspect.signature(xo.set_num_threads).parameters) == ["n"]
+    dropout = inspect.signature(xo.Dropout).parameters
+    assert next(iter(dropout)) == "dropout_ratio"
+    assert dropout["dropout_ratio"].default == 0.5
+    assert dropout["inverted"].default is False
+    assert dropout["seed"].default is None
+    assert list(inspect.signature(xo.random.seed).parameters) == ["s"]
+
+
+def test_the_import_is_light() -> None:
+    heavy = ["llvmlite", "cupy", "matplotlib", "sklearn", "rich", "torch", "jax", "keras", "scipy", "ml_dtypes"]
+    code = f"import sys, xpoptim; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.stdout.strip(), done.stderr) == ("[]", "")
+
+
+def test_the_package_says_that_it_is_typed() -> None:
+    assert resources.files("xpoptim").joinpath("py.typed").is_file()
+
+
+# Imports point one way: optimizers -> optimizer -> engines -> fusion.
+
+ROOT = Path(str(resources.files("xpoptim")))
+
+
+def imported(path: Path) -> set[str]:
+    """The package's own modules that a file imports, also inside functions, as dotted names."""
+    here = ("xpoptim", *path.relative_to(ROOT).with_suffix("").parts)
+    package = here[:-1]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            found |= {module, *(f"{module}.{alias.name}" for alias in node.names)}
+    return {name for name in found if name.split(".")[0] == "xpoptim"}
+
+
+@pytest.mark.parametrize(
+    ("folder", "forbidden"),
+    [
+        ("fusion", ("engines", "optimizer", "optimizers", "recipe", "options", "state", "step", "leaves")),
+        ("engines", ("optimizer", "optimizers", "options", "state")),
+    ],
+)
+def test_imports_point_one_way(folder: str, forbidden: tuple[str, ...]) -> None:
+    files = sorted((ROOT / folder).glob("*.py"))
+    assert files
+    for path in files:
+        wrong = {name for name in imported(path) if len(name.split(".")) > 1 and name.split(".")[1] in forbidden}
+        assert wrong == set(), path.name
+
+
+def test_the_optimizer_does_not_know_the_optimizers() -> None:
+    assert not {name for name in imported(ROOT / "optimizer.py") if name.startswith("xpoptim.optimizers")}

@@ -16,8 +16,7 @@ import xpoptim as xo
 from xpoptim import demo
 from xpoptim.__main__ import main
 
-EXTRA = ("rich", "matplotlib", "sklearn")
-ABSENT = [name for name in EXTRA if find_spec(name) is None]
+ABSENT = [distribution for module, distribution in demo.EXTRA.items() if find_spec(module) is None]
 needs_extra = pytest.mark.skipif(bool(ABSENT), reason=f"needs {', '.join(ABSENT)}: pip install 'xpoptim[demo]'")
 ROOT = Path(xo.__file__).parents[1]
 NAMES = ("SGD", "Momentum", "Nesterov", "AdaGrad", "RMSprop", "Adam", "AdamW")
@@ -98,7 +97,7 @@ def test_the_version(capsys):
 
 
 def test_a_missing_extra_is_refused_in_one_line(command):
-    stubs = {name: f"raise ImportError('no\\n{name}')" for name in EXTRA}
+    stubs = {name: f"raise ImportError('no\\n{name}')" for name in demo.EXTRA}
     refused(command("demo", stubs=stubs), "rich", "matplotlib", "scikit-learn", "pip install 'xpoptim[demo]'")
 
 
@@ -241,7 +240,7 @@ def test_info_shows_versions_engines_devices_and_threads(command):
 
 
 def test_info_works_where_everything_is_missing_or_broken(command):
-    broken = dict.fromkeys((*EXTRA, "cupy", "torch", "jax"), "raise ImportError('not here')")
+    broken = dict.fromkeys((*demo.EXTRA, "cupy", "torch", "jax"), "raise ImportError('not here')")
     broken["llvmlite"] = "raise OSError('libLLVM.so:\\ncannot open')"
     done = command("info", stubs=broken, XPOPTIM_ENGINE="warp", XPOPTIM_NUM_THREADS="none")
     assert (done.returncode, done.stderr) == (0, "")

@@ -51,7 +51,7 @@ def extent(x: Any) -> np.ndarray | None:
     if hasattr(x, "data_ptr"):  # torch
         size = x.element_size()
         return _extent(x.data_ptr(), tuple(x.shape), tuple(s * size for s in x.stride()), size)
-    if hasattr(x, "__cuda_array_interface__"):  # CuPy
+    if hasattr(getattr(x, "data", None), "ptr"):  # CuPy; its __cuda_array_interface__ may wait for a stream
         return _extent(x.data.ptr, x.shape, x.strides, x.itemsize)
     inner = getattr(x, "_array", None)  # array-api-strict
     return inner if isinstance(inner, np.ndarray) else None

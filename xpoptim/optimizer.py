@@ -537,7 +537,7 @@ class Optimizer:
         return Report(Served(leaf.key, *engine_for(self._recipe, leaf, grads is not None)) for leaf in leaves)
 
     def source(self, kind: str, dtype: str = "float32", grad_dtype: str | None = None) -> Source:
-        """The traced program (``"graph"``) or the code made of it (``"llvm"``) for one parameter dtype, as text.
+        """The traced program (``"graph"``), or the code made of it (``"llvm"``, ``"cuda"``), for one parameter dtype.
 
         >>> import xpoptim as xo
         >>> print(xo.SGD().source("graph"))
@@ -554,11 +554,11 @@ class Optimizer:
           %6 = %0 - %5
           p <- %6
         """
-        from .fusion.llvm import assembly
+        from .fusion import cuda, llvm
 
-        writers: dict[str, Callable[[Any], str]] = {"graph": str, "llvm": assembly}
+        writers: dict[str, Callable[[Any], str]] = {"graph": str, "llvm": llvm.assembly, "cuda": cuda.source}
         if kind not in writers:
-            raise ValueError(f"source takes {' or '.join(map(repr, writers))}, not {kind!r}")
+            raise ValueError(f"source takes {', '.join(map(repr, writers))}, not {kind!r}")
         for given in (dtype, grad_dtype or dtype):
             if given not in REAL_DTYPES + COMPLEX_DTYPES:
                 raise ValueError(f"{given!r} is no parameter dtype: {', '.join(REAL_DTYPES + COMPLEX_DTYPES)}")

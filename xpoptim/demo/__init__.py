@@ -22,9 +22,16 @@ def missing_extra() -> dict[str, str]:
     for module, distribution in EXTRA.items():
         try:
             import_module(module)
+        except ModuleNotFoundError as error:
+            missing[distribution] = "not installed" if error.name == module else one_line(error)
         except Exception as error:  # a broken installation may raise anything; to the user it is as good as none
-            missing[distribution] = " ".join(str(error).split())
+            missing[distribution] = one_line(error)
     return missing
+
+
+def one_line(error: Exception) -> str:
+    """The error's message without its line breaks."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def run(backend: str, seed: int, out: Path, steps: int) -> None:
@@ -48,8 +55,8 @@ def run(backend: str, seed: int, out: Path, steps: int) -> None:
     """
     missing = missing_extra()
     if missing:
-        reasons = "; ".join(f"{name} ({reason})" for name, reason in missing.items())
-        raise DemoError(f"the demo needs {reasons}: install with  pip install 'xpoptim[demo]'")
+        reasons = ", ".join(f"{name} ({reason})" for name, reason in missing.items())
+        raise DemoError(f"cannot import {reasons}: install what the demo needs with  pip install 'xpoptim[demo]'")
     # Only now may the modules that import those packages be loaded.
     show = import_module("xpoptim.demo.show")
     show.main_job(backend, seed, out, steps)

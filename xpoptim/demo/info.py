@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import xpoptim as xo
+from xpoptim.demo import one_line
 
 CUPY = "pip install 'xpoptim[cuda12]' or 'xpoptim[cuda13]', for the CUDA version of your driver"
 
@@ -66,10 +67,6 @@ def probe(name: str, question: Callable[[], str]) -> Row:
         return Row(name, False, one_line(error))
 
 
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
-
-
 def versions() -> list[Row]:
     """The packages that xpoptim uses or works with."""
     return [
@@ -78,12 +75,12 @@ def versions() -> list[Row]:
         Row("NumPy", True, np.__version__),
         installed("array-api-compat", "array_api_compat", "pip install array-api-compat"),
         probe("llvmlite", llvmlite_version),
-        installed("ml_dtypes", "ml_dtypes", "only bfloat16 needs it: pip install ml_dtypes"),
+        installed("ml_dtypes", "ml_dtypes", "optional, for bfloat16: pip install ml_dtypes"),
         probe("CuPy", lambda: load_cupy().__version__),
-        installed("torch", "torch", "only its own tensors need it"),
-        installed("JAX", "jax", "only its own arrays need it"),
+        installed("torch", "torch", "optional, for its tensors"),
+        installed("JAX", "jax", "optional, for its arrays"),
         *(
-            installed(name, module, "only the demo needs it: pip install 'xpoptim[demo]'")
+            installed(name, module, "optional, for the demo: pip install 'xpoptim[demo]'")
             for name, module in (("rich", "rich"), ("matplotlib", "matplotlib"), ("scikit-learn", "sklearn"))
         ),
     ]

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 import xpoptim as xo
-from xpoptim.demo import DemoError, plain
+from xpoptim.demo import DemoError, one_line, plain
 from xpoptim.demo.network import Array, Network
 
 BATCH = 100
@@ -45,9 +45,8 @@ def open_backend(name: str) -> Backend:
     try:
         import cupy
     except Exception as error:  # CuPy's import raises more than ImportError when its libraries do not fit
-        reason = " ".join(str(error).split())
         raise DemoError(
-            f"--backend cupy needs CuPy ({reason}): install with  pip install 'xpoptim[cuda12]'  "
+            f"--backend cupy needs CuPy ({one_line(error)}): install with  pip install 'xpoptim[cuda12]'  "
             "(or cuda13), or take --backend numpy"
         ) from error
     try:
@@ -55,9 +54,8 @@ def open_backend(name: str) -> Backend:
         if devices == 0:
             raise RuntimeError("CUDA finds none")
     except Exception as error:
-        reason = " ".join(str(error).split())
         raise DemoError(
-            f"--backend cupy needs an NVIDIA GPU and its driver ({reason}): take --backend numpy"
+            f"--backend cupy needs an NVIDIA GPU and its driver ({one_line(error)}): take --backend numpy"
         ) from error
     return Backend("cupy", cupy, lambda: cupy.cuda.get_current_stream().synchronize())
 

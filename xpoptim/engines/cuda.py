@@ -249,7 +249,8 @@ class Plan:
                 tensors = len(self._places)
                 for group in self._groups:
                     assert group.norm is not None
-                    self._prologue(group, group.norm, values, counter, 0, False, from_state)
+                    if group.norm.program.scalars:
+                        self._prologue(group, group.norm, values, counter, 0, False, from_state)
                     self._sum(group, values, group.norm_scalars)
             for n, group in enumerate(self._groups):
                 self._prologue(group, group.update, values, counter, tensors, n == 0, from_state)

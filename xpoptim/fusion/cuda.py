@@ -84,6 +84,12 @@ template <class Rows> __device__ __forceinline__ unsigned find(const Rows& rows,
 """
 
 
+def source(program: Program) -> str:
+    """The kernels of a pass, to be read; the engine chooses the number of rows by the number of tensors."""
+    kernels = norm_source(program, 8) if program.reduces is not None else update_source(program, 8)
+    return kernels + "\n" + prologue_source(program)
+
+
 def update_source(program: Program, rows: int) -> str:
     """Kernels ``update`` (the table of up to ``rows`` rows by value) and ``update_many`` (the table in memory)."""
     real = _TYPE[program.compute]
@@ -174,7 +180,7 @@ def chunk_length(program: Program, elements: int) -> int:
 def row_dtype(program: Program) -> np.dtype:
     """A row of the table as NumPy sees it."""
     fields = [(buffer.name, np.uint64) for buffer in program.buffers]
-    return np.dtype([*fields, ("length", np.int64), ("first", np.uint32), ("scalars", np.uint32)])
+    return np.dtype([*fields, ("length", np.int64), ("first", np.uint32), ("scalars", np.uint32)], align=True)
 
 
 def table_dtype(program: Program, rows: int) -> np.dtype:

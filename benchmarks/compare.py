@@ -2,17 +2,17 @@
 
 What is done so that the comparison is fair:
 
-* Contenders take turns, a block each, in an order that moves on by one each round; slow drifts of the machine meet all of
-  them. A ratio is taken within each round, and the median of the rounds' ratios is reported.
-* A block begins with a pause, in which threads that spin after the block before (those of torch's OpenMP do) go to sleep, and
-  with two steps that are not counted, so that each contender starts with its own data and threads warm. No setting of
-  torch's is changed: a spinning pool is fastest for torch itself.
-* Every step gets gradients in newly allocated arrays, as after backpropagation, for all in the same way (`peers`). To make
-  them is not timed, nor is to hang them on torch's parameters.
+* Contenders take turns, a block each, in an order that moves on by one each round, so that slow drifts of the
+  machine meet all of them. A ratio is taken within each round; the median of the rounds' ratios is reported.
+* A block begins with a pause, in which threads that spin after the block before (those of torch's OpenMP do) go to
+  sleep, and with two steps that are not counted, so that each contender starts with its own data and threads warm.
+  No setting of torch's is changed: a spinning pool is fastest for torch itself.
+* Every step gets gradients in newly allocated arrays, as after backpropagation, for all in the same way (`peers`).
+  To make them is not timed, nor is to hang them on torch's parameters.
 * All have the same number of threads; the process is bound to as many CPUs where the system can do that. The garbage
   collector is off while a step is timed.
-* Before it is timed, every contender's first steps are compared with the formulas in float64, and xpoptim's fused engine
-  with its reference, to the last bit.
+* Before it is timed, every contender's first steps are compared with the formulas in float64, and xpoptim's fused
+  engine with its reference, to the last bit.
 
 The time of the first step of a new rule and that of ``import xpoptim`` are measured in fresh processes.
 """
@@ -29,7 +29,6 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -40,6 +39,7 @@ PAUSE = 0.05  # seconds; the OpenMP of torch spins for some milliseconds
 UNCOUNTED = 2  # steps at the start of a block
 BLOCKS = {peers.SIZES[0]: (40, 15), peers.SIZES[1]: (30, 8), peers.SIZES[2]: (30, 10), peers.SIZES[3]: (15, 3)}
 FRESH_PROCESSES = 15
+DEFAULT = [name for name in peers.CONTENDERS if name != "reference"]  # which is made to be right, not to be fast
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -153,18 +153,12 @@ def once() -> dict[str, dict[str, float]]:
 
 def circumstances(threads: int) -> dict[str, Any]:
     """Date, machine, versions and threads."""
-    versions = {}
-    for name in ("numpy", "llvmlite", "torch", "jax", "optax"):
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = "not installed"
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "cpu": _cpu_name(),
         "threads": threads,
         "load_at_start": os.getloadavg()[0],
-        "versions": {"python": platform.python_version(), "xpoptim": peers.xo.__version__, **versions},
+        "versions": peers.versions(),
         "omp_settings": {
             name: value for name, value in os.environ.items() if name.startswith(("OMP_", "GOMP_", "KMP_"))
         },
@@ -196,14 +190,13 @@ def show(report: dict[str, Any]) -> None:
 
 
 def _steps_table(make: Callable[..., Any], steps: dict[str, Any]) -> Any:
-    table = make(title="One Adam step, float32: median ms (minimum), and how many times xpoptim's time that is")
+    table = make(title="One Adam step, float32: median ms (minimum), times xpoptim's")
     table.add_column("tensors × elements")
-    names = list(dict.fromkeys(name for found in steps.values() for name in found))
-    for name in names:
-        table.add_column(name, justify="right")
-    for size, found in steps.items():
-        cells = [f"{x['median_ms']:.3g} ({x['min_ms']:.3g})\n{x['ratio']:.3g}×" for x in map(found.get, names) if x]
-        table.add_row(size, *cells)
+    for size in steps:
+        table.add_column(size, justify="right")
+    for name in next(iter(steps.values())):
+        cells = [found[name] for found in steps.values()]
+        table.add_row(name, *(f"{x['median_ms']:.3g} ({x['min_ms']:.3g}) {x['ratio']:5.3g}×" for x in cells))
     return table
 
 
@@ -220,7 +213,7 @@ def main() -> None:
     report: dict[str, Any] = {"circumstances": circumstances(asked.threads)}
     report["once"] = {} if asked.no_once else once()
     peers.set_threads(asked.threads)
-    names = ["xpoptim", *(name for name in asked.only or peers.CONTENDERS if name != "xpoptim")]
+    names = ["xpoptim", *(name for name in asked.only or DEFAULT if name != "xpoptim")]
     for name in [name for name in names if peers.missing(name)]:
         print(f"without {name}: {peers.missing(name)}")
         names.remove(name)

@@ -8,6 +8,8 @@ arrays. Every contender has float32 parameters of its own; `check` compares its 
 from __future__ import annotations
 
 import math
+import platform
+from importlib import metadata
 from importlib.util import find_spec
 from typing import Any
 
@@ -51,8 +53,11 @@ class Contender:
         return list(self._params.values())
 
 
-class SeedStyle(Contender):
-    """The formulas as plain NumPy code, temporaries and all: the same that xpoptim's demo compares with."""
+class Plain(Contender):
+    """The formulas as plain NumPy code, temporaries and all: the same that xpoptim's demo compares with.
+
+    Its scalars are Python floats, so that its temporaries stay float32; `Book` does without that care.
+    """
 
     def __init__(self, start: Arrays, rule: str = "Adam") -> None:
         super().__init__(start, textbook(rule))
@@ -63,6 +68,25 @@ def textbook(rule: str) -> Any:
         return plain.PlainAdam(xp=np, **ADAM)
     kind = getattr(plain, f"Plain{rule}")
     return kind(LR, np) if rule in ("AdaGrad", "RMSprop") else kind(LR)
+
+
+class Book(Contender):
+    """Adam as the textbook spells it: np.sqrt makes lr_t a float64 scalar, which NumPy 2 widens temporaries to."""
+
+    def __init__(self, start: Arrays) -> None:
+        super().__init__(start, self)
+        self._t = 0
+        self._m = {name: np.zeros_like(p) for name, p in self._params.items()}
+        self._v = {name: np.zeros_like(p) for name, p in self._params.items()}
+
+    def update(self, params: dict[str, np.ndarray], grads: dict[str, np.ndarray]) -> None:
+        lr, beta1, beta2, eps = ADAM.values()
+        self._t += 1
+        lr_t = lr * np.sqrt(1.0 - beta2**self._t) / (1.0 - beta1**self._t)
+        for name in params:
+            self._m[name] += (1 - beta1) * (grads[name] - self._m[name])
+            self._v[name] += (1 - beta2) * (grads[name] ** 2 - self._v[name])
+            params[name] -= lr_t * self._m[name] / (np.sqrt(self._v[name]) + eps)
 
 
 class Fused(Contender):
@@ -166,7 +190,8 @@ class Optax:
 CONTENDERS: dict[str, Any] = {
     "xpoptim": Fused,
     "reference": Reference,
-    "NumPy": SeedStyle,
+    "NumPy": Plain,
+    "NumPy-book": Book,
     "traffic": Traffic,
     "torch-fused": TorchFused,
     "torch-foreach": TorchForeach,
@@ -174,10 +199,23 @@ CONTENDERS: dict[str, Any] = {
 }
 
 
+def made(name: str, start: Arrays, rule: str = "Adam") -> Any:
+    """A contender. Of rules other than Adam, only xpoptim's and the plain ones are there."""
+    return CONTENDERS[name](start) if rule == "Adam" else CONTENDERS[name](start, rule)
+
+
 def missing(name: str) -> str:
     """Why a contender cannot run here, or an empty string."""
     lacking = [module for module in CONTENDERS[name].needs if find_spec(module) is None]
     return f"{' and '.join(lacking)} not installed" if lacking else ""
+
+
+def versions() -> dict[str, str]:
+    """The versions of all that takes part."""
+    found = {"python": platform.python_version(), "xpoptim": xo.__version__}
+    for name in ("numpy", "llvmlite", "torch", "jax", "optax"):
+        found[name] = metadata.version(name) if find_spec(name) else "not installed"
+    return found
 
 
 def set_threads(count: int) -> None:
@@ -199,15 +237,14 @@ def check(name: str, size: tuple[int, int], rule: str = "Adam") -> None:
     Raises ``AssertionError`` if they differ by more than float32 rounding does.
     """
     start, gradients = arrays(size, seed=0), [arrays(size, seed=k) for k in (1, 2, 3)]
-    kind = CONTENDERS[name]
-    contender = kind(start, rule) if rule != "Adam" else kind(start)
+    contender = made(name, start, rule)
     found = _after(contender, gradients)
     if name == "xpoptim":
         report = contender.optimizer.explain(contender._params, contender._grads)
         assert all(served.engine == "fused" for served in report), report
         for a, b in zip(found, _after(Reference(start, rule), gradients), strict=True):
             np.testing.assert_array_equal(a.view(np.int32), b.view(np.int32), "fused and reference engine differ")
-    for a, b in zip(found, _expected(kind, start, gradients, rule), strict=True):
+    for a, b in zip(found, _expected(type(contender), start, gradients, rule), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7, err_msg=name)
 
 

@@ -1,10 +1,8 @@
 """Fixtures and the hypothesis profile of the whole suite."""
 
 import os
-from collections.abc import Iterator
 
 import hypothesis
-import pytest
 
 # The same examples on every machine: a failure seen by one is seen by all. `HYPOTHESIS_PROFILE=explore` looks further.
 hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None, max_examples=120)

@@ -51,9 +51,7 @@ def rmsprop(t: int, p: float, g: float, slots: dict, *, lr: float, decay_rate: f
     return p - lr * g / (math.sqrt(slots["h"]) + eps)
 
 
-def adam(
-    t: int, p: float, g: float, slots: dict, *, lr: float, beta1: float, beta2: float, eps: float
-) -> float:
+def adam(t: int, p: float, g: float, slots: dict, *, lr: float, beta1: float, beta2: float, eps: float) -> float:
     """Kingma and Ba (2015), algorithm 1, with the epsilon-hat of the end of section 2.
 
     Both moments are corrected here as in algorithm 1; ``eps / sqrt(1 - beta2**t)`` next to the corrected root is the

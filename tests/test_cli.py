@@ -102,6 +102,12 @@ def test_a_missing_extra_is_refused_in_one_line(command):
 
 
 @needs_extra
+@pytest.mark.parametrize("variable", ["XPOPTIM_ENGINE", "XPOPTIM_NUM_THREADS"])
+def test_a_bad_environment_variable_is_refused_in_one_line(command, variable):
+    refused(command("demo", "--steps", "1", **{variable: "warp"}), variable, "'warp'")
+
+
+@needs_extra
 @pytest.mark.parametrize("below", ["", "folder"])
 def test_a_folder_that_cannot_be_made_is_refused_in_one_line(tmp_path, capsys, below):
     file = tmp_path / "file"

@@ -154,9 +154,7 @@ def test_every_mutant_of_a_rule_is_caught(name: str) -> None:
     def comparison(rule: Callable[..., Any]) -> None:
         opt = with_rule(name, rule)(**RULES[name])
         with np.errstate(all="ignore"):
-            assert_follows_oracle(
-                opt, ORACLES[name], rule_hyperparameters(name), engine="reference", **options
-            )
+            assert_follows_oracle(opt, ORACLES[name], rule_hyperparameters(name), engine="reference", **options)
 
     caught, alive = survivors(mutants(getattr(xo, name).rule), comparison)
     assert alive == []

@@ -235,7 +235,12 @@ def test_torch_16_bit_dtypes(torch: Any, name: str) -> None:
 
 def test_torch_layouts_and_none(torch: Any) -> None:
     room = torch.zeros(4, 6)
-    params = {"columns": room[:, ::2], "transposed": torch.zeros(3, 2).T, "none": torch.zeros(2), "zero": torch.tensor(0.0)}
+    params = {
+        "columns": room[:, ::2],
+        "transposed": torch.zeros(3, 2).T,
+        "none": torch.zeros(2),
+        "zero": torch.tensor(0.0),
+    }
     grads = {"columns": torch.ones(4, 3), "transposed": torch.ones(2, 3), "none": None, "zero": torch.tensor(1.0)}
     xo.SGD(lr=1.0).update(params, grads)
     assert (room[:, ::2] == -1).all()

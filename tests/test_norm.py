@@ -132,9 +132,7 @@ def test_the_same_bits_on_any_engine_and_number_of_threads(dtype: str) -> None:
 @pytest.mark.parametrize("engine", ENGINES)
 def test_the_same_bits_in_any_container_order(engine: str, dtype: str) -> None:
     grads = problem(dtype, (100, 4097, 33, 1))
-    seen = {
-        scale_of({key: grads[key] for key in order}, 0.7, engine) for order in itertools.permutations(grads)
-    }
+    seen = {scale_of({key: grads[key] for key in order}, 0.7, engine) for order in itertools.permutations(grads)}
     assert len(seen) == 1
 
 

@@ -121,9 +121,7 @@ def all_triples(dtype: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Parameter, gradient and slot over all triples of special values."""
     values = special_values(DTYPES[dtype])
     in_slots = special_values(SLOT_DTYPES[dtype])
-    p, g, s = np.meshgrid(
-        values.view(f"u{values.itemsize}"), np.arange(len(values)), np.arange(len(in_slots))
-    )
+    p, g, s = np.meshgrid(values.view(f"u{values.itemsize}"), np.arange(len(values)), np.arange(len(in_slots)))
     even = p.size // 2 * 2  # complex numbers take two
     p = p.reshape(-1)[:even].view(values.dtype)
     g, s = values[g.reshape(-1)[:even]], in_slots[s.reshape(-1)[:even]]
@@ -168,9 +166,7 @@ def test_layouts(dtype: str, layout: str) -> None:
         rng = np.random.default_rng(5)
         params: dict[str, np.ndarray] = {}
         grads: list[dict[str, np.ndarray]] = [{}, {}]
-        for g_layout, shape in itertools.product(
-            GRADIENT_LAYOUTS, [(), (0, 3), (1,), (37,), (6, 5), (4, 3, 5)]
-        ):
+        for g_layout, shape in itertools.product(GRADIENT_LAYOUTS, [(), (0, 3), (1,), (37,), (6, 5), (4, 3, 5)]):
             key = f"{g_layout}{shape}"
             params[key] = LAYOUTS[layout](random_values(rng, shape, DTYPES[dtype], 0.1))
             for step in grads:
@@ -187,16 +183,10 @@ def test_layouts_with_a_norm(name: str, layout: str) -> None:
 
     def build() -> tuple[Any, list[Any]]:
         rng = np.random.default_rng(6)
-        params = {
-            key: random_values(rng, shape, DTYPES["float32"])
-            for key, shape in {"a": (6, 5), "b": (81,)}.items()
-        }
+        params = {key: random_values(rng, shape, DTYPES["float32"]) for key, shape in {"a": (6, 5), "b": (81,)}.items()}
         params["b"] = LAYOUTS[layout](params["b"]) if layout in LAYOUTS else params["b"]
         grads = [
-            {
-                k: GRADIENT_LAYOUTS[layout](random_values(rng, p.shape, DTYPES["float64"]))
-                for k, p in params.items()
-            }
+            {k: GRADIENT_LAYOUTS[layout](random_values(rng, p.shape, DTYPES["float64"])) for k, p in params.items()}
             for _ in range(2)
         ]
         return params, grads
@@ -236,9 +226,7 @@ def test_byte_swapped_gradients_of_another_dtype() -> None:
 @pytest.mark.parametrize("name", ["SGD", "Adam"])
 def test_threads(name: str, dtype: str, num_threads: int) -> None:
     """Sizes around the chunks, large enough to be shared out."""
-    build = plain_problem(
-        dtype, dtype, shapes=((70000,), (4096,), (8192,), (3,), (300, 411)), steps=2, special=0.01
-    )
+    build = plain_problem(dtype, dtype, shapes=((70000,), (4096,), (8192,), (3,), (300, 411)), steps=2, special=0.01)
     assert_parity(lambda: make_optimizer(name), build, engine="fused", num_threads=num_threads)
 
 
@@ -268,9 +256,7 @@ def test_odd_tails(size: int) -> None:
         params, grads = {}, {}
         for start in range(5):
             params[f"p{start}"] = random_values(rng, (size + start,), DTYPES["float32"])[start:]
-            grads[f"p{start}"] = random_values(rng, (size + 3 * start,), DTYPES["float32"])[: size or None][
-                :size
-            ]
+            grads[f"p{start}"] = random_values(rng, (size + 3 * start,), DTYPES["float32"])[: size or None][:size]
         return params, [grads, grads]
 
     assert assert_parity(lambda: make_optimizer("Adam", clip_norm=0.7), build, engine="fused") is None
@@ -572,9 +558,7 @@ def test_random_combinations(problem: tuple) -> None:
     st.lists(st.tuples(st.integers(0, 2**64 - 1), st.integers(0, 2**64 - 1)), min_size=1, max_size=40),
     st.sampled_from(list(RULES)),
 )
-def test_random_bit_patterns(
-    dtype: str, gradient_dtype: str, patterns: list[tuple[int, int]], name: str
-) -> None:
+def test_random_bit_patterns(dtype: str, gradient_dtype: str, patterns: list[tuple[int, int]], name: str) -> None:
     """Any bits at all: every word is some float."""
 
     def build() -> tuple[Any, list[Any]]:

@@ -54,9 +54,7 @@ def test_default_hyperparameters_follow_the_oracle(name: str) -> None:
 @pytest.mark.parametrize("options", OPTION_COMBINATIONS, ids=option_id)
 @pytest.mark.parametrize("name", ["SGD", "Nesterov", "Adam"])
 def test_options_follow_the_oracle(name: str, options: dict) -> None:
-    assert_follows_oracle(
-        make_optimizer(name, **options), ORACLES[name], rule_hyperparameters(name), **options
-    )
+    assert_follows_oracle(make_optimizer(name, **options), ORACLES[name], rule_hyperparameters(name), **options)
 
 
 @pytest.mark.parametrize("engine", ENGINES)

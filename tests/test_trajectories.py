@@ -73,9 +73,7 @@ CASES: dict[str, dict[str, Callable[[], xo.Optimizer]]] = {
         "adam_schedule": lambda: xo.Adam(**(ADAM_HAT | {"lr": make.schedule})),
         # Decoupled decay multiplies by 1 - lr*weight_decay before the step, with the scheduled lr.
         "adamw": lambda: xo.AdamW(**ADAM_HAT, weight_decay=make.WEIGHT_DECAY),
-        "adamw_maximize_schedule": lambda: xo.Adam(
-            **(ADAM_HAT | {"lr": make.schedule}), **DECOUPLED, maximize=True
-        ),
+        "adamw_maximize_schedule": lambda: xo.Adam(**(ADAM_HAT | {"lr": make.schedule}), **DECOUPLED, maximize=True),
         # torch, too, handles a complex parameter as a pair of reals.
         "adam_complex": lambda: xo.Adam(**ADAM_HAT, **L2),
     },

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 import operator
-import secrets
+import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -265,7 +265,7 @@ def claim_layer(layer: int | None = None) -> tuple[int, int]:
     global _next_layer
     with _lock:
         if _global_seed is None:
-            return secrets.randbits(64), layer or 0
+            return int.from_bytes(os.urandom(8)), layer or 0
         number = _next_layer if layer is None else layer
         if number >= MAX_LAYERS:
             raise ValueError(f"no layer number below {MAX_LAYERS} is free: call xpoptim.random.seed(s) to start again")

@@ -139,17 +139,13 @@ def optax_cases(start: np.ndarray, gradients: np.ndarray) -> tuple[dict[str, np.
         "sgd": run(optax.sgd(LR)),
         "sgd_clip_value": run(optax.chain(optax.clip(CLIP_VALUE), optax.sgd(LR))),
         "sgd_clip_norm": run(optax.chain(optax.clip_by_global_norm(CLIP_NORM), optax.sgd(LR))),
-        "sgd_clip_both": run(
-            optax.chain(optax.clip(CLIP_VALUE), optax.clip_by_global_norm(CLIP_NORM), optax.sgd(LR))
-        ),
+        "sgd_clip_both": run(optax.chain(optax.clip(CLIP_VALUE), optax.clip_by_global_norm(CLIP_NORM), optax.sgd(LR))),
         "momentum": run(optax.sgd(LR, momentum=MOMENTUM)),
         "nesterov": run(optax.sgd(LR, momentum=MOMENTUM, nesterov=True)),
         "adagrad_eps0": run(optax.adagrad(LR, initial_accumulator_value=0.0, eps=0.0)),
         "rmsprop": run(optax.rmsprop(LR, decay=DECAY_RATE, eps=1e-7, eps_in_sqrt=False)),
         "adam": run(optax.adam(LR, b1=b1, b2=b2, eps=1e-3)),
-        "adam_l2": run(
-            optax.chain(optax.add_decayed_weights(WEIGHT_DECAY), optax.adam(LR, b1=b1, b2=b2, eps=1e-3))
-        ),
+        "adam_l2": run(optax.chain(optax.add_decayed_weights(WEIGHT_DECAY), optax.adam(LR, b1=b1, b2=b2, eps=1e-3))),
         "adam_clip_norm": run(
             optax.chain(optax.clip_by_global_norm(CLIP_NORM), optax.adam(LR, b1=b1, b2=b2, eps=1e-3))
         ),

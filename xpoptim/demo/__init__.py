@@ -9,6 +9,9 @@ from __future__ import annotations
 from importlib import import_module
 from pathlib import Path
 
+import xpoptim as xo
+from xpoptim.engines.selection import selected
+
 EXTRA = {"rich": "rich", "matplotlib": "matplotlib", "sklearn": "scikit-learn"}  # module: distribution
 
 
@@ -34,6 +37,15 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def check_environment() -> None:
+    """Refuse bad values of XPOPTIM_ENGINE and XPOPTIM_NUM_THREADS before the training meets them."""
+    try:
+        selected()
+        xo.get_num_threads()
+    except ValueError as error:
+        raise DemoError(one_line(error)) from error
+
+
 def run(backend: str, seed: int, out: Path, steps: int) -> None:
     """Train, print the table, save the pictures.
 
@@ -51,12 +63,14 @@ def run(backend: str, seed: int, out: Path, steps: int) -> None:
     Raises
     ------
     DemoError
-        A package is missing, the folder cannot be written, or there is no GPU for CuPy.
+        A package is missing, the folder cannot be written, there is no GPU for CuPy, or an environment variable
+        of xpoptim's has a bad value.
     """
     missing = missing_extra()
     if missing:
         reasons = ", ".join(f"{name} ({reason})" for name, reason in missing.items())
         raise DemoError(f"cannot import {reasons}: install what the demo needs with  pip install 'xpoptim[demo]'")
+    check_environment()
     # Only now may the modules that import those packages be loaded.
     show = import_module("xpoptim.demo.show")
     show.main_job(backend, seed, out, steps)

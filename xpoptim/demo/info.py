@@ -144,13 +144,9 @@ def fused_cpu() -> str:
 
 
 def fused_cuda(cuda: Row) -> Row:
-    name = "fused, CUDA"
-    if util.find_spec("xpoptim.engines.cuda") is None:
-        text = f"not in xpoptim {xo.__version__}: CuPy arrays are served by the reference engine"
-        return Row(name, False, text)
     if not cuda.usable:
-        return Row(name, False, cuda.text)
-    return probe(name, lambda: step_on(load_cupy(), "fused") or "usable: CuPy arrays")
+        return Row("fused, CUDA", False, cuda.text)
+    return probe("fused, CUDA", lambda: step_on(load_cupy(), "fused") or "usable: CuPy arrays")
 
 
 def cpu() -> str:

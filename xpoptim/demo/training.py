@@ -97,7 +97,7 @@ class Entry:
     make_plain: Callable[[float, Any], Any]
 
 
-# Learning rates found by a coarse search for this network; they are shown in the table.
+# Learning rates that suit each optimizer on networks of about this size; the table shows them.
 ENTRIES = (
     Entry("SGD", 0.3, lambda lr: xo.SGD(lr=lr), lambda lr, xp: plain.PlainSGD(lr)),
     Entry("Momentum", 0.05, lambda lr: xo.Momentum(lr=lr), lambda lr, xp: plain.PlainMomentum(lr)),

@@ -27,6 +27,9 @@ class Eager:
     def constant(self, value: float | bool) -> Any:
         return np.bool_(value) if isinstance(value, bool) else np.float64(value)
 
+    def word(self, value: int) -> Any:
+        return value
+
     def scalar_op(self, op: Op, args: list[Any]) -> Any:
         return op.array(np, *args)
 

@@ -14,7 +14,7 @@ from typing import Any, NoReturn, Protocol
 import numpy as np
 
 from ..errors import TraceError
-from .ops import BOOL, REAL, TABLE, Op, Type
+from .ops import BOOL, REAL, TABLE, UINT32, Op, Type
 
 
 class Backend(Protocol):
@@ -23,6 +23,7 @@ class Backend(Protocol):
     rule: str  # the name of the rule, for errors
 
     def constant(self, value: float | bool) -> Any: ...
+    def word(self, value: int) -> Any: ...
     def scalar_op(self, op: Op, args: list[Any]) -> Any: ...
     def array_op(self, op: Op, args: list[Any]) -> Any: ...
     def spread(self, scalar: Any, type: Type) -> Any:
@@ -93,7 +94,7 @@ class Value:
         return apply("greater", self, other)
 
     def __ge__(self, other: Any) -> Value:
-        return apply("greater_equal", self, other)
+        return apply("word_greater_equal" if self.type is UINT32 else "greater_equal", self, other)
 
     def __eq__(self, other: Any) -> Value:  # type: ignore[override]
         return apply("equal", self, other)
@@ -114,7 +115,7 @@ class Value:
         return apply("logical_or", other, self)
 
     def __xor__(self, other: Any) -> Value:
-        return apply("logical_xor", self, other)
+        return apply("bitwise_xor" if self.type is UINT32 else "logical_xor", self, other)
 
     def __rxor__(self, other: Any) -> Value:
         return apply("logical_xor", other, self)
@@ -225,17 +226,19 @@ class Value:
         return f"<{'scalar' if self.scalar else 'array'} {self._who()} in {self.backend.rule}>"
 
 
-def lift(backend: Backend, x: Any) -> Value:
-    """A Python or NumPy number written into a rule, as a scalar value."""
+def lift(backend: Backend, x: Any, type: Type = REAL) -> Value:
+    """A Python or NumPy number written into a rule, as a scalar value, or as a word where one is asked for."""
     if isinstance(x, Value):
         return x
+    if type is UINT32 and isinstance(x, int):
+        return Value(backend, backend.word(x), UINT32)
     if isinstance(x, bool | np.bool_):
         return Value(backend, backend.constant(bool(x)), BOOL, scalar=True)
     if isinstance(x, numbers.Real | np.floating | np.integer):
         integral = isinstance(x, numbers.Integral | np.integer)
         return Value(backend, backend.constant(float(x)), scalar=True, integral=integral)
     raise TraceError(
-        f"{backend.rule} computes with {type(x).__name__} {x!r}: "
+        f"{backend.rule} computes with {x.__class__.__name__} {x!r}: "
         "a rule may use its arguments, numbers, and the functions of xp"
     )
 
@@ -251,7 +254,7 @@ def apply(name: str, *operands: Any) -> Value:
     """One operation of the table. Scalars stay scalar among themselves, and are rounded beside an array."""
     backend = next(x.backend for x in operands if isinstance(x, Value))
     op = TABLE[name]
-    values = [lift(backend, x) for x in operands]
+    values = [lift(backend, x, type) for x, type in zip(operands, op.takes, strict=True)]
     for position, (value, type) in enumerate(zip(values, op.takes, strict=True)):
         if value.type is not type:
             raise TraceError(
@@ -302,7 +305,8 @@ class Functions:
         self._backend = backend
 
     def _call(self, name: str, *operands: Any) -> Value:
-        return apply(name, *(lift(self._backend, x) for x in operands))
+        types = TABLE[name].takes
+        return apply(name, *(lift(self._backend, x, type) for x, type in zip(operands, types, strict=True)))
 
     def add(self, x1: Any, x2: Any) -> Value:
         return self._call("add", x1, x2)
@@ -366,6 +370,10 @@ class Functions:
 
     def logical_not(self, x: Any) -> Value:
         return self._call("logical_not", x)
+
+    def multiply_words(self, x1: Any, x2: Any) -> tuple[Value, Value]:
+        """The high and the low 32 bits of the product of two words."""
+        return self._call("multiply_high", x1, x2), self._call("multiply_low", x1, x2)
 
     def where(self, condition: Any, x1: Any, x2: Any) -> Value:
         return self._call("where", condition, x1, x2)

@@ -152,6 +152,8 @@ def _operand(program: Program, number: int, kind: str) -> str:
         node = program.nodes[node.args[0]]
     if node.op == "spread" and node.type is Type.REAL:
         return f"%s{program.scalars.index(node.args[0])}"
+    if node.op == "const" and node.type is Type.UINT32:
+        return str(node.value)
     if node.op == "const":
         return str(node.value).lower() if isinstance(node.value, bool) else literal(float(node.value or 0.0), kind)
     return f"%v{number}"

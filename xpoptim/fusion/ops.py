@@ -137,4 +137,41 @@ _ROWS = (
     ),
 )
 
-TABLE: dict[str, Op] = {row.name: row for row in _ROWS}
+# 32-bit words, for random numbers. LLVM keeps a word in a lane of 64 bits, whose upper half means nothing: a product
+# reads the lower halves only, and so is one vector instruction.
+_WORD = 0xFFFFFFFF
+_PRODUCT = (
+    "{r}.a = and i64 {0}, 4294967295\n  {r}.b = and i64 {1}, 4294967295\n  {r}.product = mul nuw i64 {r}.a, {r}.b\n  "
+)
+_UU = (UINT32, UINT32)
+
+_WORD_ROWS = (
+    _op(
+        "multiply_high",
+        _UU,
+        UINT32,
+        lambda xp, a, b: (a * b >> 32) & _WORD,
+        _PRODUCT + "{r} = lshr i64 {r}.product, 32",
+        "__umulhi({0}, {1})",
+    ),
+    _op(
+        "multiply_low",
+        _UU,
+        UINT32,
+        lambda xp, a, b: a * b & _WORD,
+        _PRODUCT + "{r} = or i64 {r}.product, 0",
+        "{0} * {1}",
+    ),
+    _op("bitwise_xor", _UU, UINT32, _infix(operator.xor), "{r} = xor i64 {0}, {1}", "{0} ^ {1}", "^"),
+    _op(
+        "word_greater_equal",
+        _UU,
+        BOOL,
+        _infix(operator.ge),
+        "{r}.a = trunc i64 {0} to i32\n  {r}.b = trunc i64 {1} to i32\n  {r} = icmp uge i32 {r}.a, {r}.b",
+        "{0} >= {1}",
+        ">=",
+    ),
+)
+
+TABLE: dict[str, Op] = {row.name: row for row in (*_ROWS, *_WORD_ROWS)}

@@ -15,7 +15,9 @@ from .ops import TABLE, Type
 @dataclass(frozen=True)
 class Node:
     """``op`` is a row of the table, or one of the leaves: ``buffer`` (value: its index), ``input`` (value: the
-    scalar's name), ``const`` (value: the number), ``spread`` (a scalar node, rounded for array use)."""
+    scalar's name), ``const`` (value: the number), ``spread`` (a scalar node, rounded for array use). In a `BlockProgram`
+    also ``lane`` (value: which of a block's numbers), ``block`` (value: 0 or 1, the low or the high word of the block's
+    index) and ``word`` (value: the name of a word that the caller supplies)."""
 
     op: str
     args: tuple[int, ...]
@@ -52,11 +54,8 @@ class Program:
     @cached_property
     def needed(self) -> tuple[int, ...]:
         """The nodes that matter, operands before their users."""
-        wanted = {node for _, node in self.stores} | ({self.reduces} if self.reduces is not None else set())
-        for number in range(len(self.nodes) - 1, -1, -1):
-            if number in wanted:
-                wanted.update(self.nodes[number].args)
-        return tuple(sorted(wanted))
+        reduced = {self.reduces} if self.reduces is not None else set()
+        return _reached(self.nodes, {node for _, node in self.stores} | reduced)
 
     @cached_property
     def scalars(self) -> tuple[int, ...]:
@@ -76,6 +75,30 @@ class Program:
 
     def __str__(self) -> str:
         return "\n".join(_listing(self))
+
+
+@dataclass(frozen=True)
+class BlockProgram(Program):
+    """One pass from one array to another of the same kind, or in place, by blocks of four elements.
+
+    A block has an index, from which random words can be drawn. ``lanes`` are the new numbers of a block, in order: four,
+    or eight where an element is a complex number.
+    """
+
+    words: tuple[str, ...] = ()
+    lanes: tuple[int, ...] = ()
+
+    @cached_property
+    def needed(self) -> tuple[int, ...]:
+        return _reached(self.nodes, set(self.lanes))
+
+
+def _reached(nodes: tuple[Node, ...], wanted: set[int]) -> tuple[int, ...]:
+    """The nodes that others are computed from, and these, operands first."""
+    for number in range(len(nodes) - 1, -1, -1):
+        if number in wanted:
+            wanted.update(nodes[number].args)
+    return tuple(sorted(wanted))
 
 
 def _listing(program: Program) -> Iterator[str]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from .language import Functions, Value
 from .ops import REAL, Op, Type
-from .program import Buffer, Node, Program
+from .program import BlockProgram, Buffer, Node, Program
 
 Traced = Callable[[Functions, dict[str, Value], dict[str, Value]], Mapping[str, Value] | Value]
 
@@ -31,6 +31,9 @@ class Tracer:
     def constant(self, value: float | bool) -> int:
         type = Type.BOOL if isinstance(value, bool) else REAL
         return self.add(Node("const", (), type, True, value))
+
+    def word(self, value: int) -> int:
+        return self.add(Node("const", (), Type.UINT32, False, value))
 
     def scalar_op(self, op: Op, args: list[int]) -> int:
         return self.add(Node(op.name, tuple(args), op.gives, True))
@@ -80,3 +83,34 @@ def trace(
 def _array(value: Any) -> int:
     """The node of an array value; a scalar result fills the array."""
     return value.backend.spread(value.raw, value.type) if value.scalar else value.raw
+
+
+def trace_blocks(
+    function: Callable[..., list[Value]],
+    *,
+    name: str,
+    buffer: Buffer,
+    inputs: tuple[str, ...],
+    words: tuple[str, ...],
+    compute: str,
+    lanes: int,
+) -> BlockProgram:
+    """Trace ``function(xp, lanes, block, words, scalars)``: the new numbers of one block from its old ones.
+
+    ``block`` is the pair of words (low, high) of the block's index.
+    """
+    tracer = Tracer(name)
+    old = [Value(tracer, tracer.add(Node("lane", (), REAL, False, i)), argument=buffer.name) for i in range(lanes)]
+    block = [Value(tracer, tracer.add(Node("block", (), Type.UINT32, False, i)), Type.UINT32) for i in (0, 1)]
+    given = {key: Value(tracer, tracer.add(Node("word", (), Type.UINT32, False, key)), Type.UINT32) for key in words}
+    scalars = {key: Value(tracer, tracer.add(Node("input", (), REAL, True, key)), scalar=True) for key in inputs}
+    new = function(Functions(tracer), old, block, given, scalars)
+    return BlockProgram(
+        name,
+        compute,
+        (buffer,),
+        inputs,
+        tuple(tracer.nodes),
+        words=words,
+        lanes=tuple(_array(value) for value in new),
+    )

@@ -206,7 +206,7 @@ class TestDefinition:
         x = values((7, 3, 5), np.dtype("f4"))
         expected = oracle_dropout(x, 0.3, 1, 1, True)
         for piece in (1, 4, 5, 16, 1000):
-            monkeypatch.setattr("xpoptim._dropout.PIECE", piece)
+            monkeypatch.setattr("xpoptim.masking.PIECE", piece)
             assert_same_bits(Dropout(0.3, seed=1, inverted=True).forward(x), expected)
             assert_same_bits(Dropout(0.3, seed=1, inverted=True).forward(x.T).T, oracle_dropout(x.T, 0.3, 1, 1, True).T)
 

@@ -13,30 +13,20 @@ own real dtype. The product is rounded once to x's dtype.
 from __future__ import annotations
 
 import importlib
-import itertools
-import math
 import numbers
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from . import random
+from .fusion.dtypes import PART, compute_dtype
+from .fusion.program import BlockProgram, Buffer
+from .fusion.trace import trace_blocks
+from .masking import Operand, fused, operand, reference, wants_kernel
 
 __all__ = ["Dropout", "dropout"]
-
-COMPUTE_DTYPE = {
-    "float16": "float32",
-    "bfloat16": "float32",
-    "float32": "float32",
-    "float64": "float64",
-    "complex64": "float32",
-    "complex128": "float64",
-}
-
-# Elements handled at once, so that temporaries stay in the cache whatever the size of x.
-PIECE = 1 << 16
-
 
 # --- The definition -------------------------------------------------------------------------------------
 
@@ -56,9 +46,56 @@ class _Settings(NamedTuple):
         return 1.0 if self.inverted else 1 - self.ratio
 
 
-def _train(leaf: _Leaf, settings: _Settings, seed: int, stream: int) -> Any:
-    keep = _keep(leaf.xp, leaf.device, leaf.x.shape, settings, seed, stream)
-    return _scale_and_drop(leaf, keep, settings.train_scale())
+def _dropped(xp: Any, x: Any, keep: Any, scale: Any, zero: Any) -> Any:
+    """The definition. A keep of None keeps all."""
+    return x * scale if keep is None else xp.where(keep, x * scale, zero)
+
+
+def _block(xp: Any, numbers: list[Any], block: list[Any], words: dict[str, Any], scalars: dict[str, Any]) -> list[Any]:
+    """The same for a block of four elements, which share four words: what the kernels are traced from."""
+    counter = (*block, words["stream_low"], words["stream_high"])
+    keys = [(words[f"key{r}_low"], words[f"key{r}_high"]) for r in range(random.PHILOX_ROUNDS)]
+    drawn = random.philox4x32(counter, keys, xp.multiply_words)
+    keep = [random.kept(word, words["limit"]) for word in drawn]
+    parts = len(numbers) // 4  # a complex number has two, with one word for both
+    return [_dropped(xp, x, keep[i // parts], scalars["scale"], 0.0) for i, x in enumerate(numbers)]
+
+
+_WORDS = (
+    "limit",
+    "stream_low",
+    "stream_high",
+    *(f"key{r}_{half}" for r in range(random.PHILOX_ROUNDS) for half in ("low", "high")),
+)
+
+
+@lru_cache
+def program(dtype: str) -> BlockProgram:
+    """The traced definition for arrays of a dtype."""
+    lanes = 8 if dtype in PART else 4
+    return trace_blocks(
+        _block,
+        name="dropout",
+        buffer=Buffer("x", "param", dtype),
+        inputs=("scale",),
+        words=_WORDS,
+        compute=compute_dtype(dtype),
+        lanes=lanes,
+    )
+
+
+def _train(leaf: Operand, settings: _Settings, seed: int, stream: int) -> Any:
+    limit = random.threshold(settings.ratio)
+    scale = settings.train_scale()
+    if limit in (0, 2**32):
+        keep = None if limit == 0 else _keep(leaf.xp, leaf.device, leaf.x.shape, settings, seed, stream)
+        return reference(leaf, keep, scale, _dropped)
+    shared = _normalised(settings.axes, leaf.x.shape)
+    if wants_kernel(leaf, "broadcast_axes shares the mask along axes" if shared else ""):
+        keys = [half for pair in random.round_keys(seed) for half in pair]
+        words = [limit, stream & random.MASK32, stream >> 32, *keys]
+        return fused(leaf, program(leaf.dtype), scale, words)
+    return reference(leaf, _keep(leaf.xp, leaf.device, leaf.x.shape, settings, seed, stream), scale, _dropped)
 
 
 def _keep(xp: Any, device: Any, shape: tuple[int, ...], settings: _Settings, seed: int, stream: int) -> Any:
@@ -67,13 +104,6 @@ def _keep(xp: Any, device: Any, shape: tuple[int, ...], settings: _Settings, see
     drawn = tuple(1 if axis in shared else n for axis, n in enumerate(shape))
     keep = random.keep_mask(seed, stream, drawn, settings.ratio, xp=xp, device=device)
     return xp.broadcast_to(keep, shape) if shared else keep
-
-
-def _dropped(xp: Any, x: Any, keep: Any, scale: Any, zero: Any) -> Any:
-    """``where(keep, x * scale, +0)`` of a real ``x``, in its dtype. A mask or a scale of None is one of ones."""
-    if scale is not None:
-        x = xp.astype(xp.astype(x, scale.dtype, copy=False) * scale, x.dtype, copy=False)
-    return x if keep is None else xp.where(keep, x, zero)
 
 
 # --- The public form ------------------------------------------------------------------------------------
@@ -118,7 +148,7 @@ def dropout(x: Any, ratio: float, *, seed: int, stream: int, inverted: bool = Fa
     settings = _Settings(_checked_ratio("ratio", ratio), _checked_bool("inverted", inverted), ())
     seed = random.checked_int("seed", seed, 2**64)
     stream = random.checked_int("stream", stream, 2**63)
-    leaf = _leaf("x", x, None)
+    leaf = operand("x", x, None)
     return leaf.result(_train(leaf, settings, seed, stream))
 
 
@@ -145,9 +175,8 @@ class Dropout:
         In [0, 2**64). Left out: that of :func:`xpoptim.random.seed`, if it was called, else one drawn from
         the operating system, which ``repr`` shows.
     layer : int, optional
-        In [0, 2**31): gives layers of one seed masks of their own. Left out: the next free number, if the
-        seed is that of :func:`xpoptim.random.seed`, else 0. Two layers of one explicit seed thus need a
-        ``layer`` each.
+        In [0, 2**31): gives layers of one seed masks of their own, so two layers of one explicit seed need a
+        ``layer`` each. Where the seed is that of :func:`xpoptim.random.seed`, 0 stands for the next free number.
     broadcast_axes : int or tuple of int
         Axes that share the mask (spatial dropout: ``(2, 3)`` drops whole channels of an N, C, H, W array).
         The element index runs over the shape that has length 1 there. Negative axes count from the end. May
@@ -193,7 +222,7 @@ class Dropout:
         *,
         inverted: bool = False,
         seed: int | None = None,
-        layer: int | None = None,
+        layer: int = 0,
         broadcast_axes: int | tuple[int, ...] = (),
     ) -> None:
         self._settings = _Settings(
@@ -201,11 +230,10 @@ class Dropout:
             _checked_bool("inverted", inverted),
             _checked_axes("broadcast_axes", broadcast_axes),
         )
-        if layer is not None:
-            layer = random.checked_int("layer", layer, random.MAX_LAYERS)
+        layer = random.checked_int("layer", layer, random.MAX_LAYERS)
         if seed is not None:
             seed = random.checked_int("seed", seed, 2**64)
-            self._seed, self._layer = seed, layer or 0
+            self._seed, self._layer = seed, layer
         else:
             self._seed, self._layer = random.claim_layer(layer)
         self._call = 0
@@ -233,9 +261,9 @@ class Dropout:
             If ``out`` has another shape, is read-only, or an axis of ``broadcast_axes`` is none of x's.
         """
         train = _checked_bool("train_flg", train_flg)
-        leaf = _leaf("x", x, out)
+        leaf = operand("x", x, out)
         if not train:
-            return leaf.result(_scale_and_drop(leaf, None, self._settings.test_scale()))
+            return leaf.result(reference(leaf, None, self._settings.test_scale(), _dropped))
         call = self._call + 1
         y = _train(leaf, self._settings, self._seed, self._stream(call))
         self._latest = _Latest.after(self._latest, call, leaf.x.shape, self._settings)
@@ -268,7 +296,7 @@ class Dropout:
         call = self._call if call is None else random.checked_int("call", call, 2**32)
         if not 1 <= call <= self._call:
             raise ValueError(f"call must be from 1 to {self._call} (the latest training forward), not {call}")
-        leaf = _leaf("dout", dout, out)
+        leaf = operand("dout", dout, out)
         latest.check(call, leaf.x.shape)
         return leaf.result(_train(leaf, latest.settings, self._seed, self._stream(call)))
 
@@ -463,157 +491,6 @@ def _checked_keys(name: str, state: Any, pattern: Mapping[str, Any]) -> Mapping[
         differences += [f"has the unknown keys {sorted(map(str, unknown))}"] * bool(unknown)
         raise ValueError(f"{name} is no state of a Dropout layer: it {' and '.join(differences)}")
     return state
-
-
-# --- The arrays -----------------------------------------------------------------------------------------
-
-
-class _Leaf(NamedTuple):
-    """One array to work on, checked, and where its result goes."""
-
-    xp: Any
-    x: Any
-    out: Any  # None: a new array
-    device: Any
-    compute: str
-    is_scalar: bool
-
-    def result(self, y: Any) -> Any:
-        return y[()] if self.is_scalar and self.out is None else y
-
-
-def _leaf(name: str, x: Any, out: Any) -> _Leaf:
-    from array_api_compat import array_namespace, device, is_array_api_obj, is_jax_namespace, is_numpy_array
-
-    is_scalar = isinstance(x, (bool, int, float, complex, np.generic))
-    if not is_scalar and not is_array_api_obj(x):
-        raise TypeError(f"{name} must be an array or a scalar, not {type(x).__name__}")
-    if is_scalar or is_numpy_array(x):
-        x = np.asarray(x)
-    xp = array_namespace(x)
-    dtype = _dtype_name(x)
-    if dtype not in COMPUTE_DTYPE:
-        raise TypeError(
-            f"{name} has dtype {dtype}, but Dropout takes {', '.join(COMPUTE_DTYPE)}: "
-            "convert it first, for example to float32"
-        )
-    if out is not None:
-        _check_out(name, x, out, xp)
-    # JAX chooses the device of what it is given itself, and under jit a device has no meaning.
-    where = None if is_jax_namespace(xp) else device(x)
-    return _Leaf(xp, x, out, where, COMPUTE_DTYPE[dtype], is_scalar)
-
-
-def _check_out(name: str, x: Any, out: Any, xp: Any) -> None:
-    from array_api_compat import array_namespace, device, is_array_api_obj, is_jax_namespace
-
-    if isinstance(out, np.generic) or not is_array_api_obj(out):
-        raise TypeError(f"out must be a mutable array, not {type(out).__name__}")
-    if is_jax_namespace(xp) or is_jax_namespace(array_namespace(out)):
-        raise TypeError("out must be a mutable array, but JAX arrays are immutable: use the value that is returned")
-    if array_namespace(out) is not xp:
-        raise TypeError(f"out is of {array_namespace(out).__name__} but {name} is of {xp.__name__}")
-    if out.dtype != x.dtype:
-        raise TypeError(f"out has dtype {out.dtype} but {name} has dtype {x.dtype}: they must be equal")
-    if tuple(out.shape) != tuple(x.shape):
-        raise ValueError(f"out has shape {tuple(out.shape)} but {name} has shape {tuple(x.shape)}: they must be equal")
-    if device(out) != device(x):
-        raise ValueError(f"out is on {device(out)} but {name} is on {device(x)}: they must be on one device")
-    if isinstance(out, np.ndarray) and not out.flags.writeable:
-        raise ValueError("out is read-only: give an array that can be written, or none")
-    if _overlaps_itself(out):
-        raise ValueError("out has elements that share their memory (as after broadcasting): give a copy")
-
-
-def _scale_and_drop(leaf: _Leaf, keep: Any, scale: float) -> Any:
-    """Apply the definition to a whole array, real or complex, piece by piece."""
-    from array_api_compat import is_jax_namespace
-
-    xp, x, out = leaf.xp, leaf.x, leaf.out
-    if is_jax_namespace(xp):
-        return _scale_and_drop_jax(leaf, keep, scale)
-    if out is None:
-        out = xp.empty_like(x)
-    elif out is not x and _may_overlap(xp, x, out):
-        x = xp.asarray(x, copy=True)
-    factor = _factor(leaf, scale)
-    with np.errstate(all="ignore"):  # inf * 0 and overflow have the results of IEEE 754, without a warning
-        for source, target in zip(_real_parts(xp, x), _real_parts(xp, out), strict=True):
-            zero = xp.zeros((), dtype=source.dtype, device=leaf.device)
-            for piece in _pieces(tuple(x.shape)):
-                kept = None if keep is None else keep[piece]
-                target[piece] = _dropped(xp, source[piece], kept, factor, zero)
-    return out
-
-
-def _scale_and_drop_jax(leaf: _Leaf, keep: Any, scale: float) -> Any:
-    import jax
-
-    factor = _factor(leaf, scale)
-    parts = [
-        _dropped(leaf.xp, part, keep, factor, leaf.xp.zeros((), dtype=part.dtype))
-        for part in _real_parts(leaf.xp, leaf.x)
-    ]
-    return parts[0] if len(parts) == 1 else jax.lax.complex(*parts)
-
-
-def _factor(leaf: _Leaf, scale: float) -> Any:
-    if scale == 1:
-        return None
-    return leaf.xp.asarray(scale, dtype=getattr(leaf.xp, leaf.compute), device=leaf.device)
-
-
-def _real_parts(xp: Any, x: Any) -> list[Any]:
-    """``x`` itself, or views of its two real parts: a complex product would spread an inf over both."""
-    return [xp.real(x), xp.imag(x)] if _dtype_name(x).startswith("complex") else [x]
-
-
-def _pieces(shape: tuple[int, ...]) -> Iterator[tuple[Any, ...]]:
-    """Indexes that cut an array of any layout, along one axis, into parts of at most about PIECE elements."""
-    axis = 0
-    while axis < len(shape) and math.prod(shape[axis + 1 :]) > PIECE:
-        axis += 1
-    if axis == len(shape):
-        yield (...,)
-        return
-    step = max(1, PIECE // max(1, math.prod(shape[axis + 1 :])))
-    for lead in itertools.product(*map(range, shape[:axis])):
-        for start in range(0, shape[axis], step):
-            yield (*lead, slice(start, min(start + step, shape[axis])), ...)
-
-
-def _dtype_name(x: Any) -> str:
-    """``float32`` for ``np.float32``, ``torch.float32`` and ``array_api_strict.float32`` alike."""
-    return str(getattr(x.dtype, "name", x.dtype)).rpartition(".")[2]
-
-
-def _may_overlap(xp: Any, a: Any, b: Any) -> bool:
-    """False only if ``a`` and ``b`` surely share no memory."""
-    from array_api_compat import is_cupy_namespace, is_numpy_namespace, is_torch_namespace
-
-    if is_numpy_namespace(xp) or is_cupy_namespace(xp):
-        return bool(xp.may_share_memory(a, b))
-    if is_torch_namespace(xp):
-        (a_start, a_size), (b_start, b_size) = (
-            (s.data_ptr(), s.nbytes()) for s in (a.untyped_storage(), b.untyped_storage())
-        )
-        return bool(a_start < b_start + b_size and b_start < a_start + a_size)
-    return True  # no portable way to ask: the copy is always right
-
-
-def _overlaps_itself(x: Any) -> bool:
-    """True unless the strides nest, as those of every slice, transpose or reshape of an ordinary array do."""
-    if hasattr(x, "stride"):  # torch counts strides in elements
-        strides, reach = x.stride(), 1
-    else:
-        strides, reach = getattr(x, "strides", None), getattr(x, "itemsize", 1)
-    if strides is None or 0 in x.shape:
-        return False
-    for stride, n in sorted((abs(s), n) for s, n in zip(strides, x.shape, strict=True) if n > 1):
-        if stride < reach:
-            return True
-        reach += (n - 1) * stride
-    return False
 
 
 # --- Checks of arguments --------------------------------------------------------------------------------

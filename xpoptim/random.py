@@ -143,10 +143,15 @@ def keep_mask(
         return xp.full(shape, limit == 0, dtype=xp.bool, device=device)
 
     def convert(lib: Any, lane: Any) -> Any:
-        return lane >= limit
+        return kept(lane, limit)
 
     keep = _draw(convert, "bool", seed, stream, math.prod(shape), 0, xp, device)
     return xp.reshape(keep, shape)
+
+
+def kept(word: Any, limit: Any) -> Any:
+    """Whether an element is kept: its word against `threshold`."""
+    return word >= limit
 
 
 def threshold(ratio: float) -> int:
@@ -255,18 +260,17 @@ def seed(s: int | None) -> None:
         _global_seed, _next_layer = checked, 0
 
 
-def claim_layer(layer: int | None = None) -> tuple[int, int]:
+def claim_layer(layer: int = 0) -> tuple[int, int]:
     """(seed, layer) for a layer without a seed of its own.
 
-    Under a global seed, ``layer=None`` gets the next free number. A number that is given is taken as it is,
-    and the numbers handed out afterwards lie above it. Without a global seed: a fresh seed, and layer 0 if
-    none is given.
+    Under a global seed, 0 gets the next free number. Another number is taken as it is, and the numbers handed out
+    afterwards lie above it. Without a global seed: a fresh seed, and the layer as given.
     """
     global _next_layer
     with _lock:
         if _global_seed is None:
             return int.from_bytes(os.urandom(8)), layer or 0
-        number = _next_layer if layer is None else layer
+        number = layer or _next_layer
         if number >= MAX_LAYERS:
             raise ValueError(f"no layer number below {MAX_LAYERS} is free: call xpoptim.random.seed(s) to start again")
         _next_layer = max(_next_layer, number + 1)

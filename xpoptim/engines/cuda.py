@@ -33,7 +33,7 @@ _lock = threading.Lock()
 _functions: dict[tuple[str, str, int], Any] = {}
 
 
-def _function(source: str, name: str, device: int) -> Any:
+def kernel(source: str, name: str, device: int) -> Any:
     """A kernel of a text, compiled and loaded once for each device."""
     key = (source, name, device)
     if key not in _functions:
@@ -76,14 +76,14 @@ class _Table:
         if self._memory is not None:
             self._upload()
             name, table = f"{name}_many", (self.value, self._memory)
-        driver.launch(_function(self.source, name, self.device), grid, block, (*table, *arguments))
+        driver.launch(kernel(self.source, name, self.device), grid, block, (*table, *arguments))
 
     def _upload(self) -> None:
         """Bring the device's table up to date, through parameters of small kernels: no copy that could wait."""
         now = self.rows.tobytes()
         if now == self._uploaded:
             return
-        words, function = np.frombuffer(now, np.uint64), _function(text.UPLOAD_SOURCE, "upload", self.device)
+        words, function = np.frombuffer(now, np.uint64), kernel(text.UPLOAD_SOURCE, "upload", self.device)
         for at in range(0, words.size, text.UPLOAD_WORDS):
             piece = np.zeros((1, text.UPLOAD_WORDS), np.uint64)
             part = words[at : at + text.UPLOAD_WORDS]
@@ -259,7 +259,7 @@ class Plan:
     def set_inputs(self, values: list[float], counter: Counter) -> None:
         """Give the counter's memory new hyperparameters, in stream order."""
         with driver.on(counter.device):
-            function = _function(self._groups[0].prologue, "set_inputs", counter.device)
+            function = kernel(self._groups[0].prologue, "set_inputs", counter.device)
             driver.launch(function, 1, 1, (self._inputs(values), counter.state))
 
     def _prologue(
@@ -273,7 +273,7 @@ class Plan:
         from_state: bool,
     ) -> None:
         is_norm = table.program.reduces is not None
-        function = _function(group.norm_prologue if is_norm else group.prologue, "prologue", group.device)
+        function = kernel(group.norm_prologue if is_norm else group.prologue, "prologue", group.device)
         scalars = group.norm_scalars if is_norm else group.scalars
         totals = _NULL if group.totals is None else group.totals
         flags = (np.uint32(tensors), np.uint32(advance), np.uint32(from_state))

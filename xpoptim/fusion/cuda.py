@@ -229,6 +229,8 @@ def _operand(program: Program, number: int, compute: str) -> str:
     node = program.nodes[number]
     if node.op == "spread" and program.nodes[node.args[0]].op == "const":
         node = program.nodes[node.args[0]]
+    if node.op == "const" and node.type is Type.UINT32:
+        return f"{node.value}u"
     if node.op == "const":
         return str(node.value).lower() if isinstance(node.value, bool) else literal(float(node.value or 0.0), compute)
     if node.op == "spread":
@@ -242,7 +244,7 @@ def _operand(program: Program, number: int, compute: str) -> str:
 
 def _statement(program: Program, number: int, node: Node, compute: str) -> str:
     operands = [_operand(program, i, compute) for i in node.args]
-    kind = "bool" if node.type is Type.BOOL else _TYPE[compute]
+    kind = {Type.BOOL: "bool", Type.UINT32: "unsigned"}.get(node.type, _TYPE[compute])
     return f"const {kind} v{number} = {TABLE[node.op].cuda.format(*operands, S=_suffix(compute))};"
 
 

@@ -132,4 +132,3 @@ def _store_lane(program: BlockProgram, lane: int, number: int, place: int) -> It
     yield f"  %o{lane} = add nuw nsw i64 %first, {lane}"
     for line in _store(program.buffers[0], place, value, program.compute):
         yield line.replace("i64 %i", f"i64 %o{lane}").replace(f"%w{place}", f"%w{place}.{lane}")
-

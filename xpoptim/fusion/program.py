@@ -15,9 +15,9 @@ from .ops import TABLE, Type
 @dataclass(frozen=True)
 class Node:
     """``op`` is a row of the table, or one of the leaves: ``buffer`` (value: its index), ``input`` (value: the
-    scalar's name), ``const`` (value: the number), ``spread`` (a scalar node, rounded for array use). In a `BlockProgram`
-    also ``lane`` (value: which of a block's numbers), ``block`` (value: 0 or 1, the low or the high word of the block's
-    index) and ``word`` (value: the name of a word that the caller supplies)."""
+    scalar's name), ``const`` (value: the number), ``spread`` (a scalar node, rounded for array use). In a
+    `BlockProgram` also ``lane`` (value: which of a block's numbers), ``block`` (value: 0 or 1, the low or the high
+    word of the block's index) and ``word`` (value: the name of a word that the caller supplies)."""
 
     op: str
     args: tuple[int, ...]
@@ -81,8 +81,8 @@ class Program:
 class BlockProgram(Program):
     """One pass from one array to another of the same kind, or in place, by blocks of four elements.
 
-    A block has an index, from which random words can be drawn. ``lanes`` are the new numbers of a block, in order: four,
-    or eight where an element is a complex number.
+    A block has an index, from which random words can be drawn. ``lanes`` are the new numbers of a block, in order:
+    four, or eight where an element is a complex number.
     """
 
     words: tuple[str, ...] = ()

@@ -176,9 +176,10 @@ class Plan:
                 self._odd_chunks(i, g, self._chunks(i, int(lengths[i])))
         sums = self._sums[self._first_chunks]
         sums[lengths == 0] = 0.0
-        for i in self._long:
-            if lengths[i]:
-                sums[i] = fold(np, self._chunks(i, int(lengths[i])))
+        with np.errstate(over="ignore", invalid="ignore"):
+            for i in self._long:
+                if lengths[i]:
+                    sums[i] = fold(np, self._chunks(i, int(lengths[i])))
         return sums
 
     def _chunks(self, i: int, length: int) -> np.ndarray:

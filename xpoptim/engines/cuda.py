@@ -55,7 +55,10 @@ def capacity(program: Program, count: int) -> int | None:
 
 
 class _Table:
-    """The rows of one program for one group of leaves, and how a kernel is given them."""
+    """The rows of one program for one group of leaves, and how a kernel is given them.
+
+    To make one compiles its kernels, so that what is wrong with them shows before anything is written.
+    """
 
     def __init__(self, program: Program, device: int, count: int) -> None:
         self.program, self.device, self.count = program, device, count
@@ -64,32 +67,39 @@ class _Table:
         self.scalars = self.value["scalars"][0]
         self._memory: Any = None
         self._uploaded = b""
+        self._captured = False  # whether a graph writes the memory too, whenever it is replayed
         if rows is None:
             self.rows = np.zeros(count, text.row_dtype(program))
             self._memory = driver.zeros(self.rows.nbytes // 8, np.uint64)
         else:
             self.rows = self.value["rows"][0][:count]
-        self.source = (text.norm_source if program.reduces is not None else text.update_source)(program, rows or 1)
+        is_norm = program.reduces is not None
+        source = (text.norm_source if is_norm else text.update_source)(program, rows or 1)
+        names, ending = ("sums", "fold") if is_norm else ("update",), "_many" if rows is None else ""
+        self._kernels = {name: kernel(source, name + ending, device) for name in names}
+        self._upload_kernel = kernel(text.UPLOAD_SOURCE, "upload", device) if rows is None else None
 
     def launch(self, name: str, grid: int, block: int, *arguments: Any) -> None:
         table: tuple[Any, ...] = (self.value,)
         if self._memory is not None:
             self._upload()
-            name, table = f"{name}_many", (self.value, self._memory)
-        driver.launch(kernel(self.source, name, self.device), grid, block, (*table, *arguments))
+            table = (self.value, self._memory)
+        driver.launch(self._kernels[name], grid, block, (*table, *arguments))
 
     def _upload(self) -> None:
         """Bring the device's table up to date, through parameters of small kernels: no copy that could wait."""
         now = self.rows.tobytes()
-        if now == self._uploaded:
+        # A graph brings its own rows, whatever the memory holds when it is replayed; and leaves them there.
+        self._captured = self._captured or driver.capturing()
+        if now == self._uploaded and not self._captured:
             return
-        words, function = np.frombuffer(now, np.uint64), kernel(text.UPLOAD_SOURCE, "upload", self.device)
+        words = np.frombuffer(now, np.uint64)
         for at in range(0, words.size, text.UPLOAD_WORDS):
             piece = np.zeros((1, text.UPLOAD_WORDS), np.uint64)
             part = words[at : at + text.UPLOAD_WORDS]
             piece[0, : part.size] = part
             value = piece.view(np.dtype([("words", np.uint64, (text.UPLOAD_WORDS,))])).reshape(1)
-            driver.launch(function, 16, text.THREADS, (value, np.uint32(part.size), self._memory[at:]))
+            driver.launch(self._upload_kernel, 16, text.THREADS, (value, np.uint32(part.size), self._memory[at:]))
         self._uploaded = now
 
 
@@ -202,7 +212,7 @@ class Plan:
             for table in (group.update, group.norm):
                 if table is not None:
                     for buffer, column in zip(table.program.buffers, columns, strict=True):
-                        table.rows[buffer.name] = [column[i] for i in group.members]
+                        table.rows[text.name_of(buffer)] = [column[i] for i in group.members]
 
     # On the host: scalars are known, or the norm is fetched.
 
@@ -311,7 +321,7 @@ def _fill(table: _Table, leaves: list[Leaf], lengths: list[int], chunk: int) -> 
     """Write the rows of leaves; the number of chunks."""
     arrays = [(leaf.p, leaf.g, *leaf.slots) for leaf in leaves]
     for place, buffer in enumerate(table.program.buffers):
-        table.rows[buffer.name] = [row[place].data.ptr for row in arrays]
+        table.rows[text.name_of(buffer)] = [row[place].data.ptr for row in arrays]
     chunks = [-(-length // chunk) for length in lengths]
     if sum(chunks) >= 2**31:
         raise ValueError(f"{named('params', leaves[0].key)} and its like have more elements than one launch can take")

@@ -10,6 +10,7 @@ the bits are those of the CPU.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 import numpy as np
@@ -118,7 +119,7 @@ def prologue_source(program: Program) -> str:
             value = f"state[{STEP}]"
         else:
             value = f"from_state ? state[{INPUTS + place}] : inputs.at[{place}]"
-        reads.append(f"    const double input_{name} = {value};")
+        reads.append(f"    const double {_identifier('input', name)} = {value};")
     lines = [f"    {line}" for line in _scalar_lines(program)]
     for slot, number in enumerate(program.scalars):
         cast = _cast_scalar(program, number, real)
@@ -179,7 +180,7 @@ def chunk_length(program: Program, elements: int) -> int:
 
 def row_dtype(program: Program) -> np.dtype:
     """A row of the table as NumPy sees it."""
-    fields = [(buffer.name, np.uint64) for buffer in program.buffers]
+    fields = [(name_of(buffer), np.uint64) for buffer in program.buffers]
     return np.dtype([*fields, ("length", np.int64), ("first", np.uint32), ("scalars", np.uint32)], align=True)
 
 
@@ -190,9 +191,20 @@ def table_dtype(program: Program, rows: int) -> np.dtype:
     return np.dtype(fields, align=True)
 
 
-def _name(buffer: Buffer) -> str:
-    """A buffer in the text. A slot's name is the user's, and must not meet another of ours."""
-    return buffer.name if buffer.role in ("param", "grad") else f"slot_{buffer.name}"
+def name_of(buffer: Buffer) -> str:
+    """A buffer in the text and in a row of the table. A slot's name is the user's, and must not meet one of ours."""
+    return buffer.name if buffer.role in ("param", "grad") else _identifier("slot", buffer.name)
+
+
+def _identifier(prefix: str, name: str) -> str:
+    """An identifier for a user's name: its own for each, none of ours, and of characters that C++ has.
+
+    What derives from it in the text (``x_``, ``new_``, ``pack_``) is put in front, so that a slot ``m_new`` does not
+    meet the new ``m``.
+    """
+    if re.fullmatch("[A-Za-z0-9_]+", name):
+        return f"{prefix}_{name}"
+    return f"{prefix}x_" + re.sub("[^A-Za-z0-9]", lambda match: f"_{ord(match[0]):x}_", name)
 
 
 def _real(buffer: Buffer) -> str:
@@ -238,7 +250,7 @@ def _operand(program: Program, number: int, compute: str) -> str:
         return f"({scalar} != 0)" if node.type is Type.BOOL else scalar
     if node.op == "buffer":
         assert isinstance(node.value, int)
-        return _name(program.buffers[node.value])
+        return name_of(program.buffers[node.value])
     return f"v{number}"
 
 
@@ -251,7 +263,7 @@ def _statement(program: Program, number: int, node: Node, compute: str) -> str:
 def _scalar_lines(program: Program) -> Iterator[str]:
     for number, node in program.steps(scalar=True):
         if node.op == "input":
-            yield f"const double v{number} = input_{node.value};"
+            yield f"const double v{number} = {_identifier('input', str(node.value))};"
         elif node.op != "const":
             yield _statement(program, number, node, "float64")
 
@@ -264,7 +276,7 @@ def _cast_scalar(program: Program, number: int, real: str) -> str:
 def _arguments(program: Program) -> str:
     """The parameters of `element`: values that it changes by reference, the others by value."""
     real, written = _TYPE[program.compute], {place for place, _ in program.stores}
-    names = [f"{real}{'&' if i in written else ''} {_name(b)}" for i, b in enumerate(program.buffers)]
+    names = [f"{real}{'&' if i in written else ''} {name_of(b)}" for i, b in enumerate(program.buffers)]
     return ", ".join([*names, f"const {real}* s"])
 
 
@@ -287,9 +299,9 @@ def _assignments(program: Program) -> Iterator[str]:
     """New values to their names; by way of copies, since one may be another's old value."""
     real = _TYPE[program.compute]
     for place, number in program.stores:
-        yield f"    const {real} new_{_name(program.buffers[place])} = {_operand(program, number, program.compute)};"
+        yield f"    const {real} new_{name_of(program.buffers[place])} = {_operand(program, number, program.compute)};"
     for place, _ in program.stores:
-        yield f"    {_name(program.buffers[place])} = new_{_name(program.buffers[place])};"
+        yield f"    {name_of(program.buffers[place])} = new_{name_of(program.buffers[place])};"
 
 
 def _pack(length: int) -> str:
@@ -302,7 +314,7 @@ template <class T> struct alignas(16) Pack {{
 
 
 def _row(buffers: tuple[Buffer, ...], written: set[int]) -> str:
-    pointers = [f"    {'' if i in written else 'const '}{_TYPE[_real(b)]}* {_name(b)};" for i, b in enumerate(buffers)]
+    pointers = [f"    {'' if i in written else 'const '}{_TYPE[_real(b)]}* {name_of(b)};" for i, b in enumerate(buffers)]
     tail = ["    long long length;", "    unsigned first;    // the number of its first chunk"]
     return "\n".join(["struct Row {", *pointers, *tail, "    unsigned scalars;  // where its scalars begin", "};", ""])
 
@@ -323,18 +335,18 @@ def _one(program: Program, written: set[int], place: str, indent: str) -> Iterat
     """Load, compute and store one element; ``place`` spells where a buffer's element is."""
     real = _TYPE[program.compute]
     for buffer in program.buffers:
-        stored = place.format(_name(buffer))
-        yield f"{indent}{real} {_name(buffer)}_ = ({real}){_WIDEN.get(_real(buffer), '{}').format(stored)};"
-    yield f"{indent}element({', '.join(_name(b) + '_' for b in program.buffers)}, s);"
+        stored = place.format(name_of(buffer))
+        yield f"{indent}{real} x_{name_of(buffer)} = ({real}){_WIDEN.get(_real(buffer), '{}').format(stored)};"
+    yield f"{indent}element({', '.join('x_' + name_of(b) for b in program.buffers)}, s);"
     for i, buffer in enumerate(program.buffers):
         if i in written:
-            value = _NARROW.get(_real(buffer), "{}").format(_name(buffer) + "_")
-            yield f"{indent}{place.format(_name(buffer))} = {value};"
+            value = _NARROW.get(_real(buffer), "{}").format("x_" + name_of(buffer))
+            yield f"{indent}{place.format(name_of(buffer))} = {value};"
 
 
 def _update_chunk(program: Program, written: set[int]) -> str:
     length, buffers = vector_length(program), program.buffers
-    first, width = _name(buffers[0]), _BYTES[_real(buffers[0])]
+    first, width = name_of(buffers[0]), _BYTES[_real(buffers[0])]
     lines = [
         "// A block's part: one chunk, of `size` elements, of one row.",
         f"__device__ __forceinline__ void update_chunk(const Row& row, const {_TYPE[program.compute]}* scalars, "
@@ -345,10 +357,10 @@ def _update_chunk(program: Program, written: set[int]) -> str:
     ]
     for i, b in enumerate(buffers):
         lines.append(
-            f"    {'' if i in written else 'const '}{_TYPE[_real(b)]}* const {_name(b)} = row.{_name(b)} + begin;"
+            f"    {'' if i in written else 'const '}{_TYPE[_real(b)]}* const {name_of(b)} = row.{name_of(b)} + begin;"
         )
-    lines += [f"    __builtin_assume(__isGlobal({_name(b)}));" for b in buffers]
-    aligned = " | ".join(f"(long long)({_name(b)} + head)" for b in buffers)
+    lines += [f"    __builtin_assume(__isGlobal({name_of(b)}));" for b in buffers]
+    aligned = " | ".join(f"(long long)({name_of(b)} + head)" for b in buffers)
     lines += [
         "",
         "    // The first element from which on every buffer lies on 16 bytes; if there is none, all go one by one.",
@@ -362,12 +374,12 @@ def _update_chunk(program: Program, written: set[int]) -> str:
     for i, b in enumerate(buffers):
         kind = f"Pack<{_TYPE[_real(b)]}>"
         constant = "" if i in written else "const "
-        lines.append(f"        {constant}{kind} {_name(b)}_pack = *(const {kind}*)({_name(b)} + at);")
+        lines.append(f"        {constant}{kind} pack_{name_of(b)} = *(const {kind}*)({name_of(b)} + at);")
     lines += ["#pragma unroll", f"        for (int k = 0; k < {length}; ++k) {{"]
-    lines += [*_one(program, written, "{}_pack.at[k]", " " * 12), "        }"]
+    lines += [*_one(program, written, "pack_{}.at[k]", " " * 12), "        }"]
     for i, b in enumerate(buffers):
         if i in written:
-            lines.append(f"        *(Pack<{_TYPE[_real(b)]}>*)({_name(b)} + at) = {_name(b)}_pack;")
+            lines.append(f"        *(Pack<{_TYPE[_real(b)]}>*)({name_of(b)} + at) = pack_{name_of(b)};")
     lines += [
         "    }",
         "",
@@ -415,30 +427,30 @@ def _sum_chunk(program: Program) -> str:
         f"    const long long begin = (long long)chunk * {CHUNK};",
         f"    const int count = row.length - begin < {CHUNK} ? (int)(row.length - begin) : {CHUNK};",
         _load_scalars(program),
-        *(f"    const {_TYPE[_real(b)]}* const {_name(b)} = row.{_name(b)} + begin;" for b in used),
-        *(f"    __builtin_assume(__isGlobal({_name(b)}));" for b in used),
-        f"    const bool aligned = (({' | '.join(f'(long long){_name(b)}' for b in used)}) & 15) == 0;",
+        *(f"    const {_TYPE[_real(b)]}* const {name_of(b)} = row.{name_of(b)} + begin;" for b in used),
+        *(f"    __builtin_assume(__isGlobal({name_of(b)}));" for b in used),
+        f"    const bool aligned = (({' | '.join(f'(long long){name_of(b)}' for b in used)}) & 15) == 0;",
         f"    double sum[{lanes}] = {{}};",
         "#pragma unroll 2",
         f"    for (int at = threadIdx.x % 32 * {lanes}; at < count; at += {LANES}) {{",
-        *(f"        Pack<{_TYPE[_real(b)]}> {_name(b)}_pack = {{}};" for b in used),
+        *(f"        Pack<{_TYPE[_real(b)]}> pack_{name_of(b)} = {{}};" for b in used),
         f"        const int here = count - at < {lanes} ? count - at : {lanes};",
         f"        if (aligned && here == {lanes}) {{",
-        *(f"            {_name(b)}_pack = *(const Pack<{_TYPE[_real(b)]}>*)({_name(b)} + at);" for b in used),
+        *(f"            pack_{name_of(b)} = *(const Pack<{_TYPE[_real(b)]}>*)({name_of(b)} + at);" for b in used),
         "        } else {",
         "#pragma unroll",
         f"            for (int k = 0; k < {lanes}; ++k)",
         "                if (k < here) {",
-        *(f"                    {_name(b)}_pack.at[k] = {_name(b)}[at + k];" for b in used),
+        *(f"                    pack_{name_of(b)}.at[k] = {name_of(b)}[at + k];" for b in used),
         "                }",
         "        }",
         "#pragma unroll",
         f"        for (int k = 0; k < {lanes}; ++k) {{",
     ]
     for b in program.buffers:
-        value = f"({real}){_WIDEN.get(_real(b), '{}').format(f'{_name(b)}_pack.at[k]')}" if b in used else "0"
-        lines.append(f"            const {real} {_name(b)}_ = {value};")
-    arguments = ", ".join(_name(b) + "_" for b in program.buffers)
+        value = f"({real}){_WIDEN.get(_real(b), '{}').format(f'pack_{name_of(b)}.at[k]')}" if b in used else "0"
+        lines.append(f"            const {real} x_{name_of(b)} = {value};")
+    arguments = ", ".join("x_" + name_of(b) for b in program.buffers)
     lines += [
         f"            const double wide = element({arguments}, s);",
         "            if (k < here) sum[k] = sum[k] + wide * wide;",

@@ -44,7 +44,8 @@ def fold(xp: Any, sums: Any) -> Any:
 
 def add_in_order(sums: Any) -> float:
     """The tensors' sums, one after the other; the caller has sorted them by key."""
-    return float(np.add.accumulate(np.asarray(sums, np.float64))[-1]) if len(sums) else 0.0
+    with np.errstate(over="ignore", invalid="ignore"):
+        return float(np.add.accumulate(np.asarray(sums, np.float64))[-1]) if len(sums) else 0.0
 
 
 def _device(array: Any) -> Any:

@@ -26,7 +26,7 @@ DTYPES = REAL_DTYPES | COMPLEX_DTYPES
 SLOT_DTYPES = DTYPES | {"float16": np.dtype(np.float32), "bfloat16": np.dtype(np.float32)}
 
 # The rules of the package, each with settings away from its defaults and from 0 and 1.
-RULES: dict[str, dict[str, float]] = {
+RULES: dict[str, dict[str, Any]] = {
     "SGD": {"lr": 0.1},
     "Momentum": {"lr": 0.1, "momentum": 0.8},
     "Nesterov": {"lr": 0.1, "momentum": 0.8},
@@ -389,7 +389,7 @@ def assert_follows_oracle(
     place over 25 steps, and 1e-10 of what the smallest mistake in a formula changes.
     """
     start, gradients = oracle_problem()
-    expected = oracles.trajectory(oracle, start, gradients, dict(hyperparameters), **options)
+    expected = oracles.trajectory(oracle, start.tolist(), gradients.tolist(), hyperparameters, **options)
     params = leaves(start)
     with xo.engine(engine):
         for index, g in enumerate(gradients):

@@ -9,7 +9,7 @@ written to. `trajectory` runs a rule over whole vectors, with the options in the
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 Schedule = Callable[[int], float]
 
@@ -87,7 +87,7 @@ def trajectory(
     step: Callable[..., float],
     start: Sequence[float],
     gradients: Sequence[Sequence[float]],
-    hyperparameters: dict[str, float | Schedule],
+    hyperparameters: Mapping[str, float | Schedule],
     *,
     weight_decay: float = 0.0,
     decoupled: bool = False,

@@ -10,7 +10,7 @@ import sys
 import tracemalloc
 import weakref
 from collections import OrderedDict, defaultdict
-from typing import Any
+from typing import Any, ClassVar
 
 import array_api_strict
 import numpy as np
@@ -64,7 +64,8 @@ def test_update_returns_none_and_keeps_identity(engine: str, name: str) -> None:
     layer = np.ones((2, 3), np.float32)
     params = {"W": layer}
     address = layer.ctypes.data
-    assert opt.update(params, {"W": np.ones((2, 3), np.float32)}) is None
+    update: Any = opt.update  # declared to return nothing, which is what is tested
+    assert update(params, {"W": np.ones((2, 3), np.float32)}) is None
     assert params["W"] is layer
     assert layer.ctypes.data == address
     assert (layer != 1).all()
@@ -87,7 +88,7 @@ def test_lists_of_fresh_lists(engine: str) -> None:
 
 
 def test_nested_containers_and_key_names(engine: str) -> None:
-    params = {
+    params: dict[str, Any] = {
         "encoder": [{"W": np.ones(2), "b": np.ones(1)}, (np.ones(3), np.ones(4))],
         "head": {"W": np.ones((2, 2))},
     }
@@ -138,7 +139,7 @@ def test_a_defaultdict_of_gradients_is_not_filled(engine: str) -> None:
 
 def test_two_paths_with_one_key_are_an_error(engine: str) -> None:
     opt = xo.SGD()
-    params = {"a": {"b": np.ones(2)}, "a.b": np.ones(2)}
+    params: dict[Any, Any] = {"a": {"b": np.ones(2)}, "a.b": np.ones(2)}
     with refused(opt, params, error=ValueError, names="a.b"):
         opt.update(params, {"a": {"b": np.ones(2)}, "a.b": np.ones(2)})
     params = {"1": np.ones(2), 1: np.ones(2)}
@@ -249,7 +250,7 @@ def test_mutable_arrays_in_a_tuple_are_fine(engine: str) -> None:
 def test_a_none_gradient_leaves_parameter_and_slots(engine: str, name: str) -> None:
     """The parameter may also get its first gradient late, and lose it again (a known crash elsewhere)."""
     opt = make_optimizer(name, clip_norm=1.0)
-    params = {"a": np.ones(3), "b": np.ones(3), "x": 1.0}
+    params: dict[str, Any] = {"a": np.ones(3), "b": np.ones(3), "x": 1.0}
 
     def values(key: str) -> Any:
         return frozen_values([params[key], {k: s.get(key) for k, s in opt.state["slots"].items()}])
@@ -373,6 +374,26 @@ def test_a_gradient_that_overlaps_another_parameter(engine: str, clip_norm: floa
         assert_same_tree(params, copied)
 
 
+@pytest.mark.parametrize("order", ["abc", "cba", "bac"])
+@pytest.mark.parametrize("first", [0, 1])
+def test_gradients_inside_of_another_parameter(engine: str, first: int, order: str) -> None:
+    """They begin within it, not where it begins; it is written before they are read, or after."""
+    room = np.linspace(-1, 1, 24)
+    params = {"a": room[:20], "b": np.ones(8), "c": np.ones((2, 4))}
+    params = {key: params[key] for key in order}
+    copied = {key: p.copy() for key, p in params.items()}
+    opt, expected = xo.Momentum(), xo.Momentum()
+    for _ in range(first):
+        opt.update(params, {key: np.ones_like(p) for key, p in params.items()})
+        expected.update(copied, {key: np.ones_like(p) for key, p in params.items()})
+    for _ in range(2):
+        grads = {"a": np.ones(20), "b": room[7:15], "c": room[16:24].reshape(2, 4)}
+        as_copied = {key: g.copy() for key, g in grads.items()}
+        opt.update(params, grads)
+        expected.update(copied, as_copied)
+        assert_same_tree(params, copied)
+
+
 def test_a_gradient_that_overlaps_a_slot(engine: str) -> None:
     """The slots are in the open, so a gradient may be one of them."""
     opt, expected = xo.Momentum(), xo.Momentum()
@@ -396,6 +417,35 @@ def test_gradients_are_not_kept_alive(engine: str, name: str) -> None:
         del grads
         gc.collect()
         assert [reference() for reference in references] == [None, None]
+
+
+@pytest.mark.parametrize("container", [dict, list])
+def test_arrays_are_held_during_a_step(engine: str, container: type) -> None:
+    """A schedule (or another thread, while the kernel runs) may take an array out of its container meanwhile.
+
+    The step goes on with what it was given: memory that it reads or writes must not be freed under it.
+    """
+    keys: Any = ["a", "b"] if container is dict else [0, 1]
+    params: Any = {"a": None, "b": None} if container is dict else [None, None]
+    grads = copy.copy(params)
+    references: list[Any] = []
+    alive: list[bool] = []
+
+    def schedule(step: int) -> float:
+        for key in keys:
+            params[key] = grads[key] = None
+        alive.append(all(reference() is not None for reference in references))
+        return 0.5
+
+    opt = xo.Momentum(lr=schedule, clip_norm=100.0)
+    home = np.ones(2 * 30)  # the parameters are views of it, so their memory outlives them
+    for _ in range(3):
+        for i, key in enumerate(keys):
+            params[key], grads[key] = home[30 * i : 30 * (i + 1)], np.ones(30)
+        references[:] = [weakref.ref(grads[key]) for key in keys]
+        opt.update(params, grads)
+    assert all(alive)
+    np.testing.assert_allclose(home, 1 - 0.5 * (1 + 1.9 + 2.71), rtol=1e-14)
 
 
 def test_gradients_of_any_address_layout_and_dtype_at_every_step() -> None:
@@ -593,6 +643,24 @@ def test_bad_parameters(engine: str, kind: str) -> None:
         opt.init(params)
 
 
+def test_integers_beyond_the_floats(engine: str) -> None:
+    opt = xo.SGD()
+    with refused(opt, error=TypeError, names="params['x']"):
+        opt.update({"x": 10**400}, {"x": 1})
+    with refused(opt, error=ValueError, names="grads['x']"):
+        opt.update({"x": 1.0}, {"x": 10**400})
+
+
+def test_a_key_named_param_is_named_as_a_key(engine: str) -> None:
+    """It is also the key of a lone array, whose errors name `grads` itself."""
+    opt = xo.SGD()
+    with refused(opt, error=ValueError, names="grads['param'] params['param']"):
+        opt.update({"param": np.ones(2)}, {"param": np.ones(3)})
+    with refused(opt, error=ValueError) as info:
+        opt.update(np.ones(2), np.ones(3))
+    assert "grads has shape (3,) but params has shape (2,)" in str(info.value)
+
+
 def test_a_complex_gradient_for_a_real_parameter(engine: str) -> None:
     for real, unreal in [(np.float32, np.complex64), (np.float64, np.complex128), (np.float16, np.complex64)]:
         opt, params = xo.SGD(), {"p": np.ones(2, real)}
@@ -684,6 +752,15 @@ def test_views_that_do_not_overlap_are_fine(engine: str, case: str) -> None:
     assert_same_bits(second, before[1] - 2)
 
 
+def test_sharing_across_a_third_parameter_that_lies_between(engine: str) -> None:
+    """`big` reaches past `between`, which it does not touch, to `clash`, which it does."""
+    opt, room = xo.SGD(), np.arange(20.0)
+    params = {"big": room[::2], "between": room[1:2], "clash": room[10:11]}
+    with refused(opt, params, error=ValueError, names="big clash") as info:
+        opt.update(params, {key: np.ones_like(p) for key, p in params.items()})
+    assert "between" not in str(info.value)
+
+
 def test_many_column_slices_of_one_matrix(engine: str) -> None:
     room = np.zeros((50, 40))
     params = {str(i): room[:, 2 * i : 2 * i + 2] for i in range(20)}
@@ -704,7 +781,7 @@ def test_arrays_of_two_namespaces(engine: str) -> None:
         opt.update({"a": np.ones(2), "W": strict}, {"a": np.ones(2), "W": np.ones(3)})
 
 
-CHANGES = {
+CHANGES: dict[str, dict[str, Any]] = {
     "shape": {"W": np.ones((3, 2)), "b": np.ones(3)},
     "rank": {"W": np.ones(6), "b": np.ones(3)},
     "size": {"W": np.ones((2, 3)), "b": np.ones(4)},
@@ -863,6 +940,14 @@ def test_bad_hyperparameters(name: str, field: str) -> None:
         assert getattr(opt, field) == RULES[name][field]
 
 
+def test_an_integer_beyond_the_floats_as_a_hyperparameter() -> None:
+    with pytest.raises(ValueError, match="lr"):
+        xo.SGD(lr=10**400)
+    opt = xo.SGD(clip_norm=1.0)
+    with pytest.raises(ValueError, match="clip_norm"):
+        opt.clip_norm = 10**400
+
+
 @pytest.mark.parametrize(
     ("option", "values"),
     [
@@ -920,14 +1005,15 @@ def test_the_books_trainer_picks_classes_by_name() -> None:
     """`optimizer_class_dict[name.lower()](**optimizer_param)`."""
     by_name = {n.lower(): getattr(xo, n) for n in ("SGD", "Momentum", "Nesterov", "AdaGrad", "RMSprop", "Adam")}
     for name, kind in by_name.items():
-        opt, params = kind(**{"lr": 0.05}), {"W1": np.ones((2, 2))}
+        opt, params = kind(lr=0.05), {"W1": np.ones((2, 2))}
         opt.update(params, {"W1": np.ones((2, 2))})
         assert opt.lr == 0.05
         assert (params["W1"] < 1).all(), name
 
 
 def test_reassigning_lr_takes_effect_at_the_next_step(engine: str) -> None:
-    opt, params = xo.SGD(lr=0.5), {"p": np.ones(2), "x": 1.0}
+    opt = xo.SGD(lr=0.5)
+    params: dict[str, Any] = {"p": np.ones(2), "x": 1.0}
     opt.update(params, {"p": np.ones(2), "x": 1.0})
     opt.lr = 0.25
     opt.update(params, {"p": np.ones(2), "x": 1.0})
@@ -1078,7 +1164,8 @@ def test_apply_with_none_gradients_and_wrong_states(engine: str) -> None:
     assert_same_bits(new["a"], params["a"])
     assert_same_bits(after["slots"]["v"]["a"], state["slots"]["v"]["a"])
     others = {"a": np.ones(2), "b": np.ones(4)}
-    for wrong in (opt.init(others), xo.Adam().init(params), {"step": 0}, None):
+    wrongs: tuple[Any, ...] = (opt.init(others), xo.Adam().init(params), {"step": 0}, None)
+    for wrong in wrongs:
         with refused(opt, params, wrong, error=(ValueError, TypeError, KeyError)):
             opt.apply(params, {"a": np.ones(2), "b": np.ones(3)}, wrong)
 
@@ -1345,7 +1432,9 @@ def test_environment_variables() -> None:
 def test_set_num_threads_is_checked() -> None:
     with threads(2):
         assert xo.get_num_threads() == 2
-        for bad, error in ((0, ValueError), (-1, ValueError), (1.5, TypeError), ("2", TypeError)):
+        wrong: list[tuple[Any, type[Exception]]]
+        wrong = [(0, ValueError), (-1, ValueError), (1.5, TypeError), ("2", TypeError)]
+        for bad, error in wrong:
             with pytest.raises(error):
                 xo.set_num_threads(bad)
         assert xo.get_num_threads() == 2
@@ -1507,7 +1596,7 @@ def test_a_rule_that_names_t(engine: str, kind: type[xo.Optimizer]) -> None:
 class Started(xo.Optimizer):
     """Slots that do not start at zero."""
 
-    slots = {"h": 0.1, "first": lambda p: p, "doubled": lambda p: 2 * p}
+    slots: ClassVar = {"h": 0.1, "first": lambda p: p, "doubled": lambda p: 2 * p}
 
     @staticmethod
     def rule(xp, p, g, h, first, doubled):
@@ -1540,10 +1629,8 @@ class Static(xo.Optimizer):
     def rule(xp, p, g, v, *, lr, nesterov):
         v = 0.5 * v + g
         if nesterov:
-            g = g + 0.5 * v
-        else:
-            g = v
-        return p - lr * g, v
+            return p - lr * (g + 0.5 * v), v
+        return p - lr * v, v
 
 
 def test_static_fields(engine: str) -> None:
@@ -1559,7 +1646,7 @@ def test_static_fields(engine: str) -> None:
     opt.update(params, {"p": np.zeros(1)})
     assert params["p"][0] == -0.5 - 0.125
     with pytest.raises((TypeError, ValueError), match="nesterov"):
-        opt.nesterov = "yes"
+        setattr(opt, "nesterov", "yes")  # noqa: B010
 
 
 def test_a_rule_on_every_engine_is_one_function() -> None:
@@ -1742,7 +1829,7 @@ def an_exception(xp, p, g, m, *, lr):
 
 
 def misspelt_name(xp, p, g, m, *, lr):
-    return p - lr * gg, m  # noqa: F821
+    return p - lr * gg, m  # type: ignore[name-defined]  # noqa: F821
 
 
 UNTRACEABLE = {
@@ -1839,7 +1926,8 @@ class Plain(xo.Optimizer):
 
 
 def test_a_rule_that_is_not_fused(engine: str) -> None:
-    opt, params = Plain(), {"a": np.zeros(2), "b": np.zeros(4, np.float32)}
+    opt = Plain()
+    params: dict[str, Any] = {"a": np.zeros(2), "b": np.zeros(4, np.float32)}
     a = params["a"]
     opt.update(params, {"a": np.array([1.0, 3.0]), "b": np.ones(4, np.float32)})
     assert params["a"] is a

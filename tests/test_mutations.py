@@ -21,6 +21,7 @@ from helpers import (
     assert_follows_oracle,
     make_optimizer,
     rule_hyperparameters,
+    rule_options,
 )
 
 import xpoptim as xo
@@ -39,8 +40,8 @@ EXCHANGED: dict[type[ast.operator], tuple[type[ast.operator], ...]] = {
 def variants(node: ast.AST, arrays: list[str], scalars: list[str]) -> Iterator[tuple[str, ast.AST]]:
     """The small mistakes that can be made at one node of a function, each with a description."""
     if isinstance(node, ast.BinOp):
-        for other in EXCHANGED[type(node.op)]:
-            yield f"operator {other.__name__}", ast.BinOp(node.left, other(), node.right)
+        for operation in EXCHANGED[type(node.op)]:
+            yield f"operator {operation.__name__}", ast.BinOp(node.left, operation(), node.right)
         yield "left operand alone", node.left
         yield "right operand alone", node.right
         if isinstance(node.op, ast.Sub | ast.Div):
@@ -51,7 +52,7 @@ def variants(node: ast.AST, arrays: list[str], scalars: list[str]) -> Iterator[t
         yield f"{node.func.attr} dropped", node.args[0]
         if node.func.attr == "sqrt":
             yield "squared, not rooted", ast.BinOp(node.args[0], ast.Mult(), node.args[0])
-        # Exchanged arguments of minimum and maximum differ for NaN and signed zeros alone: no mistake to be caught here.
+        # Exchanged arguments of minimum and maximum differ for NaN and signed zeros alone: that is no mistake.
         if len(node.args) == 2 and node.func.attr not in ("minimum", "maximum"):
             yield "arguments exchanged", ast.Call(node.func, node.args[::-1], node.keywords)
         if len(node.args) == 3:
@@ -139,7 +140,7 @@ def test_the_rewritten_rule_itself_passes(name: str) -> None:
     namespace: dict[str, Any] = dict(rule.__globals__)
     exec(source, namespace)
     kind = with_rule(name, namespace["rule"].__func__)
-    options = {"weight_decay": 0.2, "decoupled": True} if name == "AdamW" else {}
+    options = rule_options(name)
     assert_follows_oracle(kind(**RULES[name]), ORACLES[name], rule_hyperparameters(name), **options)
 
 
@@ -149,7 +150,7 @@ FEWEST = {"SGD": 10, "Momentum": 20, "Nesterov": 30, "AdaGrad": 25, "RMSprop": 3
 
 @pytest.mark.parametrize("name", RULES)
 def test_every_mutant_of_a_rule_is_caught(name: str) -> None:
-    options = {"weight_decay": 0.2, "decoupled": True} if name == "AdamW" else {}
+    options = rule_options(name)
 
     def comparison(rule: Callable[..., Any]) -> None:
         opt = with_rule(name, rule)(**RULES[name])

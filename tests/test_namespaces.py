@@ -14,11 +14,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "all": {"weight_decay": 0.3, "clip_value": 0.4, "clip_norm": 0.9, "maximize": True},
     "decoupled": {"weight_decay": 0.3, "decoupled": True},
 }
-# Correctly rounded operations need no tolerance, but a namespace may order them otherwise: a few units in the last place.
+# Correctly rounded operations need no tolerance, but a namespace may order them otherwise: some last bits.
 TOLERANCE = {"float32": 1e-5, "float64": 1e-13, "complex64": 1e-5, "complex128": 1e-13}
 
 
-def numpy_steps(name: str, dtype: str, options: dict[str, Any], steps: int = 6) -> tuple[list, list, Any]:
+def numpy_steps(
+    name: str, dtype: str, options: dict[str, Any], steps: int = 6
+) -> tuple[dict[str, np.ndarray], list[dict[str, np.ndarray]], Any]:
     """Start, gradients and end of a run on NumPy's reference engine."""
     rng = np.random.default_rng(0)
 

@@ -66,8 +66,8 @@ SIZES = [(1,), (7, 3), (100,), (255,), (4095,), (4096,), (4097,), (20_001,)]
 def test_the_norm_is_exact_to_rounding(shape: tuple[int, ...], dtype: str, engine: str) -> None:
     """The bound is the worst case of a summation tree: half its depth in roundings, and five of the rest.
 
-    The depth is some 40 here, where a running sum over 20,000 elements would have 20,000, and a float32 sum 2^29 times as
-    much. (Squares are exact but for float64; root, division and the final products round once each.)
+    The depth is some 40 here, where a running sum over 20,000 elements would have 20,000, and a float32 sum 2^29
+    times as much. (Squares are exact but for float64; root, division and the final products round once each.)
     """
     rng = np.random.default_rng(11)
     grads = {"a": random_values(rng, shape, DTYPES[dtype]), "b": random_values(rng, (5,), DTYPES[dtype])}
@@ -177,7 +177,7 @@ def test_the_same_bits_in_any_layout(dtype: str, shape: tuple[int, ...]) -> None
 
 
 def test_numbers_count_in_the_norm() -> None:
-    params = {"x": 0.0, "y": np.zeros(1), "z": np.float32(0)}
+    params: dict[str, Any] = {"x": 0.0, "y": np.zeros(1), "z": np.float32(0)}
     xo.SGD(lr=1.0, clip_norm=1.5).update(params, {"x": 2.0, "y": np.array([2.0]), "z": np.float32(1)})
     assert (params["x"], params["y"][0], params["z"]) == (-1.0, -1.0, -0.5)
 

@@ -47,7 +47,7 @@ SHAPES: tuple[tuple[int, ...], ...] = (
 )
 
 
-def gradient_dtypes(dtype: str) -> dict[str, np.dtype]:
+def gradient_dtypes(dtype: str) -> dict[str, Any]:
     """The dtypes a gradient of such a parameter may have."""
     return COMPLEX_DTYPES if dtype in COMPLEX_DTYPES else REAL_DTYPES
 
@@ -384,7 +384,18 @@ class NumberLikes(xo.Optimizer):
         return p - 2**60 * (g - g) - lr * m / np.float64(7) + xp.maximum(np.float64(0.25), m), m
 
 
+class Rotation(xo.Optimizer):
+    """Arguments handed through to other places: all are read before any is written."""
+
+    slots = ("a", "b")
+
+    @staticmethod
+    def rule(xp, p, g, a, b):
+        return b, p, xp.where(g > 0, a, g)
+
+
 USER_RULES = {
+    "rotation": Rotation,
     "functions": EveryFunction,
     "operators": EveryOperator,
     "results": Branching,

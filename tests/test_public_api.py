@@ -46,6 +46,7 @@ OPTIONS = {
     "clip_norm": None,
     "clip_value": None,
     "maximize": False,
+    "capturable": False,
 }
 
 
@@ -93,6 +94,8 @@ METHODS = {
     "state_dict": [],
     "load_state_dict": ["d"],
     "explain": ["params", "grads"],
+    "check": [],
+    "prepare_replay": [],
 }
 
 
@@ -105,7 +108,7 @@ def test_methods(method: str) -> None:
 def test_public_members_of_an_optimizer() -> None:
     """Nothing but what is documented: rules and hyperparameters have the names for themselves."""
     members = {name for name in dir(xo.Optimizer) if not name.startswith("_")}
-    assert members == {*METHODS, *OPTIONS, "source", "state", "slots", "fused"}
+    assert members == {*METHODS, *OPTIONS, "source", "state", "slots", "fused", "skipped"}
 
 
 def test_signatures_of_functions() -> None:

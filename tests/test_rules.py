@@ -1,6 +1,8 @@
 """Each rule against float64 oracles, against numbers worked out by hand, and against the book's code."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import oracles
@@ -47,7 +49,7 @@ def test_default_hyperparameters_follow_the_oracle(name: str) -> None:
         "Adam": {"lr": 0.001, "beta1": 0.9, "beta2": 0.999, "eps": 1e-7},
         "AdamW": {"lr": 0.001, "beta1": 0.9, "beta2": 0.999, "eps": 1e-7},
     }
-    options = {"weight_decay": 0.01, "decoupled": True} if name == "AdamW" else {}
+    options: dict[str, Any] = {"weight_decay": 0.01, "decoupled": True} if name == "AdamW" else {}
     assert_follows_oracle(getattr(xo, name)(), ORACLES[name], defaults[name], **options)
 
 
@@ -226,7 +228,7 @@ def plain_adam(p, g, s, t, *, lr, beta1, beta2, eps):
 
 
 # The betas are sums of few powers of two, so that their powers are exact, by whatever algorithm.
-PLAIN = {
+PLAIN: dict[str, tuple[Callable[..., None], dict[str, float]]] = {
     "SGD": (plain_sgd, {"lr": 0.07}),
     "Momentum": (plain_momentum, {"lr": 0.07, "momentum": 0.9}),
     "Nesterov": (plain_nesterov, {"lr": 0.07, "momentum": 0.9}),

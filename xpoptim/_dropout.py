@@ -14,17 +14,18 @@ from __future__ import annotations
 
 import importlib
 import numbers
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from . import random
+from .engines.blocks import Kernel
 from .fusion.dtypes import PART, compute_dtype
-from .fusion.program import BlockProgram, Buffer
+from .fusion.program import Buffer
 from .fusion.trace import trace_blocks
-from .masking import Operand, fused, operand, reference, wants_kernel
+from .masking import Operand, fused, on_device, operand, reference, wants_kernel
 
 __all__ = ["Dropout", "dropout"]
 
@@ -69,41 +70,72 @@ _WORDS = (
 )
 
 
+def _scaled_block(
+    xp: Any, numbers: list[Any], block: list[Any], words: dict[str, Any], scalars: dict[str, Any]
+) -> list[Any]:
+    """A block where all elements are kept."""
+    return [_dropped(xp, x, None, scalars["scale"], 0.0) for x in numbers]
+
+
 @lru_cache
-def program(dtype: str) -> BlockProgram:
-    """The traced definition for arrays of a dtype."""
-    lanes = 8 if dtype in PART else 4
-    return trace_blocks(
-        _block,
-        name="dropout",
-        buffer=Buffer("x", "param", dtype),
-        inputs=("scale",),
-        words=_WORDS,
-        compute=compute_dtype(dtype),
-        lanes=lanes,
+def kernel(dtype: str) -> Kernel:
+    """The definition for arrays of a dtype, which draws the mask and applies it in one pass."""
+    return _traced("dropout", _block, _WORDS, dtype)
+
+
+@lru_cache
+def scaling_kernel(dtype: str) -> Kernel:
+    """The same where all elements are kept."""
+    return _traced("scale", _scaled_block, (), dtype)
+
+
+def _traced(name: str, function: Callable[..., list[Any]], words: tuple[str, ...], dtype: str) -> Kernel:
+    buffer, lanes = Buffer("x", "param", dtype), 8 if dtype in PART else 4
+    return Kernel(
+        trace_blocks(
+            function,
+            name=name,
+            buffer=buffer,
+            inputs=("scale",),
+            words=words,
+            compute=compute_dtype(dtype),
+            lanes=lanes,
+        )
     )
 
 
 def _train(leaf: Operand, settings: _Settings, seed: int, stream: int) -> Any:
-    limit = random.threshold(settings.ratio)
-    scale = settings.train_scale()
-    if limit in (0, 2**32):
-        keep = None if limit == 0 else _keep(leaf.xp, leaf.device, leaf.x.shape, settings, seed, stream)
-        return reference(leaf, keep, scale, _dropped)
+    limit, scale = random.threshold(settings.ratio), settings.train_scale()
     shared = _normalised(settings.axes, leaf.x.shape)
-    if wants_kernel(leaf, "broadcast_axes shares the mask along axes" if shared else ""):
-        keys = [half for pair in random.round_keys(seed) for half in pair]
-        words = [limit, stream & random.MASK32, stream >> 32, *keys]
-        return fused(leaf, program(leaf.dtype), scale, words)
-    return reference(leaf, _keep(leaf.xp, leaf.device, leaf.x.shape, settings, seed, stream), scale, _dropped)
+    with on_device(leaf.xp, leaf.device):
+        if not shared and 0 < limit < 2**32 and wants_kernel(leaf):
+            keys = [half for pair in random.round_keys(seed) for half in pair]
+            words = [limit, stream & random.MASK32, stream >> 32, *keys]
+            return fused(leaf, kernel(leaf.dtype), scale, words)
+        keep = _keep(leaf.xp, leaf.device, leaf.x.shape, settings, seed, stream) if limit else None
+        return _masked(leaf, keep, scale)
+
+
+def _test(leaf: Operand, settings: _Settings) -> Any:
+    with on_device(leaf.xp, leaf.device):
+        return _masked(leaf, None, settings.test_scale())
+
+
+def _masked(leaf: Operand, keep: Any, scale: float) -> Any:
+    """The definition with a mask that is there already, or with none."""
+    if not wants_kernel(leaf):
+        return reference(leaf, keep, scale, _dropped)
+    y = fused(leaf, scaling_kernel(leaf.dtype), scale, [])
+    if keep is not None:
+        leaf.xp.copyto(y, 0, where=~keep)
+    return y
 
 
 def _keep(xp: Any, device: Any, shape: tuple[int, ...], settings: _Settings, seed: int, stream: int) -> Any:
-    """The mask, True = kept. Along the shared axes it is drawn once, as if x had length 1 there."""
+    """The mask, True = kept, to be broadcast to the shape: along the shared axes it has length 1."""
     shared = _normalised(settings.axes, shape)
     drawn = tuple(1 if axis in shared else n for axis, n in enumerate(shape))
-    keep = random.keep_mask(seed, stream, drawn, settings.ratio, xp=xp, device=device)
-    return xp.broadcast_to(keep, shape) if shared else keep
+    return random.keep_mask(seed, stream, drawn, settings.ratio, xp=xp, device=device)
 
 
 # --- The public form ------------------------------------------------------------------------------------
@@ -263,7 +295,7 @@ class Dropout:
         train = _checked_bool("train_flg", train_flg)
         leaf = operand("x", x, out)
         if not train:
-            return leaf.result(reference(leaf, None, self._settings.test_scale(), _dropped))
+            return leaf.result(_test(leaf, self._settings))
         call = self._call + 1
         y = _train(leaf, self._settings, self._seed, self._stream(call))
         self._latest = _Latest.after(self._latest, call, leaf.x.shape, self._settings)
@@ -305,8 +337,9 @@ class Dropout:
         """The mask of the latest training forward, True = kept, drawn anew on each access."""
         latest = self._known_latest("mask")
         xp = importlib.import_module(self._namespace)
-        keep = _keep(xp, self._device, latest.shape, latest.settings, self._seed, self._stream(self._call))
-        return xp.asarray(keep, copy=True) if latest.settings.axes else keep
+        with on_device(xp, self._device):
+            keep = _keep(xp, self._device, latest.shape, latest.settings, self._seed, self._stream(self._call))
+            return xp.asarray(xp.broadcast_to(keep, latest.shape), copy=True) if latest.settings.axes else keep
 
     def state_dict(self) -> dict[str, Any]:
         """The layer as plain data (numbers, strings, lists), enough to go on with its sequence of masks."""
@@ -420,14 +453,9 @@ class _Latest(NamedTuple):
     @classmethod
     def after(cls, previous: _Latest | None, call: int, shape: tuple[int, ...], settings: _Settings) -> _Latest:
         shape = tuple(shape)
-        same_shape = previous is not None and previous.shape == shape
-        same_settings = previous is not None and previous.settings == settings
-        return cls(
-            shape,
-            previous.shape_since if previous is not None and same_shape else call,
-            settings,
-            previous.settings_since if previous is not None and same_settings else call,
-        )
+        shape_since = previous.shape_since if previous is not None and previous.shape == shape else call
+        settings_since = previous.settings_since if previous is not None and previous.settings == settings else call
+        return cls(shape, shape_since, settings, settings_since)
 
     def check(self, call: int, shape: tuple[int, ...]) -> None:
         if call < self.settings_since:

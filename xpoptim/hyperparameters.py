@@ -33,7 +33,10 @@ def as_float(owner: str, name: str, value: Any) -> float:
     text = isinstance(value, bool | np.bool_ | str | bytes | complex)
     if text or kind in "cbOSU" or getattr(value, "ndim", 0) != 0 or not hasattr(type(value), "__float__"):
         raise TypeError(f"{owner}: {name} is {value!r}: it takes a number, or a schedule (a function step -> float)")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{owner}: {name} is an integer beyond the floats") from None
 
 
 def in_range(owner: str, name: str, value: float) -> float:

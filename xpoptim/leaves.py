@@ -35,6 +35,10 @@ class Leaf:
     g_dtype: str = ""
     layout: str = ""  # why it cannot take the fused path, if it cannot
 
+    def named(self, tree: str) -> str:
+        """How errors spell the leaf: ``grads['W1']``, or ``grads`` where that is a lone array."""
+        return f"{tree}[{self.key!r}]" if self.home is not None else tree
+
     @property
     def mutable(self) -> bool:
         """Whether `p` can be written to: JAX arrays cannot, the 0-d array of a number can."""
@@ -118,10 +122,6 @@ def where(tree: str, path: tuple[str, ...]) -> str:
     return f"{tree}[{'.'.join(path)!r}]" if path else tree
 
 
-def named(tree: str, key: str) -> str:
-    return tree if key == _LONE else f"{tree}[{key!r}]"
-
-
 def _kind(x: Any) -> str:
     name = type(x).__name__
     return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
@@ -144,7 +144,8 @@ def rebuilt(params: Any, values: Iterator[Any]) -> Any:
 def flat_leaves(tree: Any, names: list[Any] | None, count: int) -> list[Any] | None:
     """The leaves of a flat dict with the keys ``names``, or, without names, of a list; None if it is anything else."""
     if names is None:
-        return tree if type(tree) is list and len(tree) == count else None
+        # A copy: whoever changes the list meanwhile must not free arrays that a kernel works on.
+        return list(tree) if type(tree) is list and len(tree) == count else None
     if type(tree) is not dict:
         return None
     if len(tree) == count and list(tree) == names:
@@ -208,9 +209,9 @@ def _is_number(x: Any) -> bool:
 
 def resolve_parameter(leaf: Leaf, *, writing: bool) -> None:
     """Fill in the leaf's array, namespace and dtype; refuse what cannot be a parameter."""
-    name, given = named("params", leaf.key), leaf.given
+    name, given = leaf.named("params"), leaf.given
     if isinstance(given, bool | int) or (isinstance(given, np.generic) and given.dtype.kind in "iub"):
-        raise TypeError(f"{name} is the integer {given!r}: parameters are floats; write {float(given)!r}")
+        raise TypeError(f"{name} is the integer {given!r}: parameters are floats; write it as one")
     if isinstance(given, complex) and not isinstance(given, np.generic):
         raise TypeError(f"{name} is a Python complex: use np.complex128({given!r}) or an array")
     if isinstance(given, float) and not isinstance(given, np.generic):
@@ -246,7 +247,7 @@ def _needs_home(leaf: Leaf, writing: bool) -> None:
     if writing and not isinstance(leaf.home, dict | list):
         place = "stands alone" if leaf.home is None else "stands in a tuple"
         raise TypeError(
-            f"{named('params', leaf.key)} is immutable ({type(leaf.given).__name__}) and {place}, "
+            f"{leaf.named('params')} is immutable ({type(leaf.given).__name__}) and {place}, "
             "so update cannot replace it: "
             "put it in a dict or list, or use params, state = opt.apply(params, grads, state)"
         )
@@ -262,7 +263,7 @@ def resolve_gradient(leaf: Leaf) -> None:
     if g is None or g is ABSENT:
         leaf.g = None
         return
-    name, of = named("grads", leaf.key), named("params", leaf.key)
+    name, of = leaf.named("grads"), leaf.named("params")
     if _is_number(g):
         g = _number_gradient(leaf, g, name)
     space = namespace_name(g)
@@ -289,11 +290,15 @@ def _number_gradient(leaf: Leaf, g: Any, name: str) -> Any:
     if isinstance(g, bool):
         raise TypeError(f"{name} is the bool {g}: a gradient is a float")
     if isinstance(g, complex) and leaf.dtype not in COMPLEX_DTYPES:
-        raise TypeError(f"{name} is complex ({g!r}) but {named('params', leaf.key)} is real: pass its real part")
+        raise TypeError(f"{name} is complex ({g!r}) but {leaf.named('params')} is real: pass its real part")
+    try:
+        g = g if isinstance(g, complex) else float(g)
+    except OverflowError:
+        raise ValueError(f"{name} is an integer beyond the floats: a gradient is a float") from None
     if leaf.space == "numpy":
-        return np.array(g, np.complex128 if isinstance(g, complex) else np.float64)
+        return np.array(g)
     xp = namespace(leaf.p)
-    return xp.asarray(float(g) if not isinstance(g, complex) else g, dtype=leaf.p.dtype, device=device_of(leaf.p))
+    return xp.asarray(g, dtype=leaf.p.dtype, device=device_of(leaf.p))
 
 
 def replaced(leaf: Leaf) -> bool:

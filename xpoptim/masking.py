@@ -5,17 +5,22 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from .engines import blocks
 from .engines.selection import selected
 from .fusion.dtypes import COMPLEX_DTYPES, REAL_DTYPES, compute_dtype
-from .fusion.program import BlockProgram
-from .leaves import dtype_name
+from .leaves import device_of, dtype_name, namespace, namespace_name
+from .memory import extent, overlap
+from .random import on_gpu
 
-# Elements that the reference handles at once, so that temporaries stay in the cache whatever the size of x.
+# Elements that the reference handles at once, so that temporaries stay in the cache whatever the size of x. On a GPU
+# each operation is a launch, which larger pieces repay.
 PIECE = 1 << 16
+PIECE_ON_GPU = 1 << 24
 
 # where(keep, x * scale, zero); a keep of None stands for a mask of ones.
 Definition = Callable[[Any, Any, Any, Any, Any], Any]
@@ -24,6 +29,7 @@ Definition = Callable[[Any, Any, Any, Any, Any], Any]
 class Operand(NamedTuple):
     """One array to work on, checked, and where its result goes."""
 
+    name: str
     xp: Any
     x: Any
     out: Any  # None: a new array
@@ -36,14 +42,12 @@ class Operand(NamedTuple):
 
 
 def operand(name: str, x: Any, out: Any) -> Operand:
-    from array_api_compat import array_namespace, device, is_array_api_obj, is_jax_namespace, is_numpy_array
-
     is_scalar = isinstance(x, (bool, int, float, complex, np.generic))
-    if not is_scalar and not is_array_api_obj(x):
-        raise TypeError(f"{name} must be an array or a scalar, not {type(x).__name__}")
-    if is_scalar or is_numpy_array(x):
+    if is_scalar or isinstance(x, np.ndarray):
         x = np.asarray(x)
-    xp = array_namespace(x)
+    space = namespace_name(x)
+    if space is None:
+        raise TypeError(f"{name} must be an array or a scalar, not {type(x).__name__}")
     dtype = dtype_name(x)
     if dtype not in REAL_DTYPES + COMPLEX_DTYPES:
         raise TypeError(
@@ -51,31 +55,43 @@ def operand(name: str, x: Any, out: Any) -> Operand:
             "convert it first, for example to float32"
         )
     if out is not None:
-        _check_out(name, x, out, xp)
+        _check_out(name, x, out, space)
     # JAX chooses the device of what it is given itself, and under jit a device has no meaning.
-    where = None if is_jax_namespace(xp) else device(x)
-    return Operand(xp, x, out, where, dtype, is_scalar)
+    device = None if space == "jax" else device_of(x)
+    return Operand(name, namespace(x), x, out, device, dtype, is_scalar)
 
 
-def _check_out(name: str, x: Any, out: Any, xp: Any) -> None:
-    from array_api_compat import array_namespace, device, is_array_api_obj, is_jax_namespace
-
-    if isinstance(out, np.generic) or not is_array_api_obj(out):
+def _check_out(name: str, x: Any, out: Any, space: str) -> None:
+    if isinstance(out, np.generic) or namespace_name(out) is None:
         raise TypeError(f"out must be a mutable array, not {type(out).__name__}")
-    if is_jax_namespace(xp) or is_jax_namespace(array_namespace(out)):
+    if "jax" in (space, namespace_name(out)):
         raise TypeError("out must be a mutable array, but JAX arrays are immutable: use the value that is returned")
-    if array_namespace(out) is not xp:
-        raise TypeError(f"out is of {array_namespace(out).__name__} but {name} is of {xp.__name__}")
+    if namespace(out) is not namespace(x):
+        raise TypeError(f"out is of {namespace(out).__name__} but {name} is of {namespace(x).__name__}")
     if out.dtype != x.dtype:
         raise TypeError(f"out has dtype {out.dtype} but {name} has dtype {x.dtype}: they must be equal")
     if tuple(out.shape) != tuple(x.shape):
         raise ValueError(f"out has shape {tuple(out.shape)} but {name} has shape {tuple(x.shape)}: they must be equal")
-    if device(out) != device(x):
-        raise ValueError(f"out is on {device(out)} but {name} is on {device(x)}: they must be on one device")
+    if device_of(out) != device_of(x):
+        raise ValueError(f"out is on {device_of(out)} but {name} is on {device_of(x)}: they must be on one device")
     if isinstance(out, np.ndarray) and not out.flags.writeable:
         raise ValueError("out is read-only: give an array that can be written, or none")
     if _overlaps_itself(out):
         raise ValueError("out has elements that share their memory (as after broadcasting): give a copy")
+
+
+def on_device(xp: Any, device: Any) -> AbstractContextManager[Any]:
+    """A block in which CuPy, which allocates and computes on the current GPU, does so on the array's own."""
+    from array_api_compat import is_cupy_namespace
+
+    if device is None or not is_cupy_namespace(xp):
+        return nullcontext()
+    from .engines import driver
+
+    return driver.on(device.id)
+
+
+# --- The reference --------------------------------------------------------------------------------------
 
 
 def reference(leaf: Operand, keep: Any, scale: float, definition: Definition) -> Any:
@@ -83,16 +99,18 @@ def reference(leaf: Operand, keep: Any, scale: float, definition: Definition) ->
     from array_api_compat import is_jax_namespace
 
     xp, x, out = leaf.xp, leaf.x, leaf.out
-    factor = leaf.xp.asarray(scale, dtype=getattr(xp, compute_dtype(leaf.dtype)), device=leaf.device)
+    factor = xp.asarray(scale, dtype=getattr(xp, compute_dtype(leaf.dtype)), device=leaf.device)
+    keep = None if keep is None else xp.broadcast_to(keep, x.shape)
     if is_jax_namespace(xp):
         return _immutable(leaf, keep, factor, definition)
     if out is None:
         out = xp.empty_like(x)
-    elif out is not x and _may_overlap(xp, x, out):
+    elif out is not x and not _apart(x, out):
         x = xp.asarray(x, copy=True)
+    most = PIECE_ON_GPU if on_gpu(xp, leaf.device) else PIECE
     with np.errstate(all="ignore"):  # inf * 0 and overflow have the results of IEEE 754, without a warning
         for source, target in zip(_real_parts(xp, x), _real_parts(xp, out), strict=True):
-            for piece in _pieces(tuple(x.shape)):
+            for piece in _pieces(tuple(x.shape), most):
                 kept = None if keep is None else keep[piece]
                 target[piece] = _part(xp, source[piece], kept, factor, definition)
     return out
@@ -111,81 +129,77 @@ def _part(xp: Any, x: Any, keep: Any, factor: Any, definition: Definition) -> An
     return xp.astype(definition(xp, wide, keep, factor, xp.zeros_like(factor)), x.dtype, copy=False)
 
 
-def obstacle(leaf: Operand) -> str:
-    """Why no kernel can serve an array, or an empty string."""
-    from array_api_compat import is_cupy_namespace, is_numpy_namespace
-
-    if not is_numpy_namespace(leaf.xp) and not is_cupy_namespace(leaf.xp):
-        return f"there is no fused engine for {leaf.xp.__name__}"
-    from .engines import blocks
-
-    return blocks.obstacle(leaf.x, leaf.dtype)
-
-
-def fused(leaf: Operand, program: BlockProgram, scale: float, words: list[int]) -> Any:
-    """The kernel over a whole array; what does not lie in C order goes through a copy that does."""
-    from .engines import blocks
-
-    x, out = leaf.x, leaf.out
-    if isinstance(x, np.ndarray):
-        x = x.view(np.ndarray)
-    dense = x.flags.c_contiguous
-    if out is None:
-        y = leaf.xp.empty_like(x) if dense else x.copy(order="C")
-        blocks.run(program, x if dense else y, y, [scale], words)
-        return y
-    target = out.view(np.ndarray) if isinstance(out, np.ndarray) else out
-    if dense and out is leaf.x:
-        blocks.run(program, x, x, [scale], words)
-    elif dense and target.flags.c_contiguous and not _may_overlap(leaf.xp, x, target):
-        blocks.run(program, x, target, [scale], words)
-    else:
-        y = x.copy(order="C")
-        blocks.run(program, y, y, [scale], words)
-        target[...] = y
-    return out
-
-
-def wants_kernel(leaf: Operand, reason: str) -> bool:
-    """Whether the engine in force means a kernel; ``reason`` is what speaks against one."""
-    engine = selected()
-    reason = reason or obstacle(leaf)
-    if engine == "fused" and reason:
-        raise ValueError(f'this array cannot take the fused path of Dropout: {reason} (xo.engine("auto") allows it)')
-    return engine != "reference" and not reason
-
-
 def _real_parts(xp: Any, x: Any) -> list[Any]:
     """``x`` itself, or views of its two real parts: a complex product would spread an inf over both."""
     return [xp.real(x), xp.imag(x)] if dtype_name(x).startswith("complex") else [x]
 
 
-def _pieces(shape: tuple[int, ...]) -> Iterator[tuple[Any, ...]]:
-    """Indexes that cut an array of any layout, along one axis, into parts of at most about PIECE elements."""
+def _pieces(shape: tuple[int, ...], most: int) -> Iterator[tuple[Any, ...]]:
+    """Indexes that cut an array of any layout, along one axis, into parts of at most about so many elements."""
     axis = 0
-    while axis < len(shape) and math.prod(shape[axis + 1 :]) > PIECE:
+    while axis < len(shape) and math.prod(shape[axis + 1 :]) > most:
         axis += 1
     if axis == len(shape):
         yield (...,)
         return
-    step = max(1, PIECE // max(1, math.prod(shape[axis + 1 :])))
+    step = max(1, most // max(1, math.prod(shape[axis + 1 :])))
     for lead in itertools.product(*map(range, shape[:axis])):
         for start in range(0, shape[axis], step):
             yield (*lead, slice(start, min(start + step, shape[axis])), ...)
 
 
-def _may_overlap(xp: Any, a: Any, b: Any) -> bool:
-    """False only if ``a`` and ``b`` surely share no memory."""
-    from array_api_compat import is_cupy_namespace, is_numpy_namespace, is_torch_namespace
+# --- The kernels ----------------------------------------------------------------------------------------
 
-    if is_numpy_namespace(xp) or is_cupy_namespace(xp):
-        return bool(xp.may_share_memory(a, b))
-    if is_torch_namespace(xp):
-        (a_start, a_size), (b_start, b_size) = (
-            (s.data_ptr(), s.nbytes()) for s in (a.untyped_storage(), b.untyped_storage())
-        )
-        return bool(a_start < b_start + b_size and b_start < a_start + a_size)
-    return True  # no portable way to ask: the copy is always right
+
+def wants_kernel(leaf: Operand) -> bool:
+    """Whether the engine in force means a kernel for this array."""
+    engine = selected()
+    if engine == "reference":
+        return False
+    reason = _obstacle(leaf)
+    if engine == "fused" and reason:
+        raise ValueError(f'{leaf.name} cannot take the fused path: {reason} (xo.engine("auto") allows it)')
+    return not reason
+
+
+def _obstacle(leaf: Operand) -> str:
+    """Why no kernel can serve an array, or an empty string."""
+    space = namespace_name(leaf.x)
+    if space not in ("numpy", "cupy"):
+        return f"there is no fused engine for {space} arrays"
+    return blocks.obstacle(leaf.x, leaf.dtype)
+
+
+def fused(leaf: Operand, kernel: blocks.Kernel, scale: float, words: list[int]) -> Any:
+    """The kernel over a whole array; what does not lie in C order goes through a copy that does."""
+    xp, x, out = leaf.xp, leaf.x, leaf.out
+    if x.flags.c_contiguous and (out is None or _one_pass(x, out)):
+        y = xp.empty_like(x) if out is None else out
+        kernel.run(x, y, [scale], words)
+        return y
+    y = xp.empty(x.shape, dtype=x.dtype)
+    blocks.copy(y, x)
+    kernel.run(y, y, [scale], words)
+    if out is None:
+        return y
+    blocks.copy(out, y)
+    return out
+
+
+# --- Memory ---------------------------------------------------------------------------------------------
+
+
+def _one_pass(x: Any, out: Any) -> bool:
+    """Whether a kernel can write ``out`` while it reads ``x``, which lies in C order."""
+    a, b = extent(x), extent(out)
+    in_place = a is not None and b is not None and a.ctypes.data == b.ctypes.data
+    return out.flags.c_contiguous and (in_place or _apart(x, out))
+
+
+def _apart(x: Any, out: Any) -> bool:
+    """Whether two arrays surely share no memory."""
+    a, b = extent(x), extent(out)
+    return a is not None and b is not None and not overlap(a, b)
 
 
 def _overlaps_itself(x: Any) -> bool:

@@ -414,7 +414,7 @@ class Optimizer:
             return self._again_on_gpu(ready, values)
         if recipe.reductions:
             sums = ready.plan.squares(values, ready.odd(columns))
-            values.append(finite_norm(ready.keys, dict(zip(ready.keys, sums.tolist(), strict=True))))
+            values.append(finite_norm(ready.gradient_names, dict(zip(ready.keys, sums.tolist(), strict=True))))
         ready.plan.run(values)
         state["step"] += 1
         return True

@@ -170,7 +170,7 @@ def _draw(
     device: Any,
 ) -> Any:
     """``convert(lane)`` of ``n`` words, piece by piece, so that no temporary grows with ``n``."""
-    from array_api_compat import is_cupy_namespace, is_torch_namespace
+    from array_api_compat import is_torch_namespace
 
     if not _has_wrapping_products(xp):
         on_host = _draw(convert, dtype, seed, stream, n, start_block, _namespace(None), None)
@@ -179,7 +179,7 @@ def _draw(
     # torch has no uint64 arithmetic; its int64 product wraps to the same bits.
     signed = is_torch_namespace(xp)
     mulhilo, lane_dtype = (_mulhilo_signed, xp.int64) if signed else (_mulhilo_unsigned, xp.uint64)
-    piece = PIECE_ON_GPU if is_cupy_namespace(xp) or "cuda" in str(device) else PIECE_ON_HOST
+    piece = PIECE_ON_GPU if on_gpu(xp, device) else PIECE_ON_HOST
     keys = round_keys(seed)
     out = xp.empty(n, dtype=getattr(xp, dtype), device=device)
     for first, stop in _pieces(start_block, start_block + _blocks(n), piece):
@@ -191,6 +191,13 @@ def _draw(
         end = min(n, begin + 4 * (stop - first))
         out[begin:end] = xp.reshape(xp.stack(lanes, axis=1), (-1,))[: end - begin]
     return out
+
+
+def on_gpu(xp: Any, device: Any) -> bool:
+    """Whether operations of ``xp`` on a device are launches of kernels."""
+    from array_api_compat import is_cupy_namespace
+
+    return is_cupy_namespace(xp) or "cuda" in str(device)
 
 
 def _blocks(n: int) -> int:
@@ -269,7 +276,7 @@ def claim_layer(layer: int = 0) -> tuple[int, int]:
     global _next_layer
     with _lock:
         if _global_seed is None:
-            return int.from_bytes(os.urandom(8)), layer or 0
+            return int.from_bytes(os.urandom(8)), layer
         number = layer or _next_layer
         if number >= MAX_LAYERS:
             raise ValueError(f"no layer number below {MAX_LAYERS} is free: call xpoptim.random.seed(s) to start again")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from .fusion.dtypes import slot_dtype
-from .leaves import Leaf, device_of, dtype_name, named, namespace, namespace_name
+from .leaves import Leaf, device_of, dtype_name, namespace, namespace_name
 from .memory import copied
 
 State = dict[str, Any]
@@ -30,13 +30,15 @@ def check_signature(owner: str, known: Signature | None, leaves: list[Leaf]) -> 
     if known is None or now == known:
         return now
     _check_keys(owner, set(now), set(known))
-    key = next(key for key in now if now[key] != known[key])
+    leaf = next(leaf for leaf in leaves if now[leaf.key] != known[leaf.key])
     what = ("namespace", "shape", "dtype", "device")
     changes = [
-        f"{kind} {old}, now {new}" for kind, old, new in zip(what, known[key], now[key], strict=True) if old != new
+        f"{kind} {old}, now {new}"
+        for kind, old, new in zip(what, known[leaf.key], now[leaf.key], strict=True)
+        if old != new
     ]
     raise ValueError(
-        f"{named('params', key)} had {' and '.join(changes)}: these are fixed by the first step; "
+        f"{leaf.named('params')} had {' and '.join(changes)}: these are fixed by the first step; "
         f"make a new {owner} for other parameters"
     )
 
@@ -75,7 +77,7 @@ def _started(start: Any, leaf: Leaf, name: str) -> Any:
         return xp.full_like(zeros, value)
     if tuple(value.shape) not in ((), tuple(leaf.p.shape)):
         raise ValueError(
-            f"slot {name!r} of {named('params', leaf.key)} starts with shape {tuple(value.shape)}, "
+            f"slot {name!r} of {leaf.named('params')} starts with shape {tuple(value.shape)}, "
             f"but the parameter has shape {tuple(leaf.p.shape)}"
         )
     if not leaf.mutable:
@@ -102,7 +104,7 @@ def _check_keys(owner: str, keys: set[str], known: set[str]) -> None:
 
 def _fitting(slot: Any, leaf: Leaf, name: str) -> Any:
     """The slot as an array beside its parameter, if it fits."""
-    place = f"slot {name!r} of {named('params', leaf.key)}"
+    place = f"slot {name!r} of {leaf.named('params')}"
     if not hasattr(slot, "shape"):
         raise ValueError(
             f"{place} is {type(slot).__name__}, not an array: the state was changed or is of another optimizer"

@@ -10,7 +10,7 @@ from .engines import reference
 from .engines.ready import Ready, ready
 from .engines.selection import selected
 from .fusion.norm import add_in_order
-from .leaves import Leaf, named, replaced, resolve_gradient, resolve_parameter
+from .leaves import Leaf, replaced, resolve_gradient, resolve_parameter
 from .memory import Written, copied, extent, overlapping_pair
 from .recipe import Recipe
 
@@ -26,7 +26,7 @@ def check(leaves: list[Leaf], *, writing: bool) -> None:
 
 def check_memory(leaves: list[Leaf], known: Any) -> Any:
     """Refuse parameters that share memory; what was found good is returned, to be ``known`` the next time."""
-    memory = [(named("params", leaf.key), extent(leaf.p)) for leaf in leaves if leaf.mutable]
+    memory = [(leaf.named("params"), extent(leaf.p)) for leaf in leaves if leaf.mutable]
     written = [(name, a) for name, a in memory if a is not None]
     key = tuple((a.ctypes.data, a.shape, a.strides) for _, a in written)
     if key == known:
@@ -116,7 +116,7 @@ class Step:
         if self.gpu_plan is not None:
             sums |= {self.gpu[i].key: value for i, value in self.gpu_plan.squares(self.values).items()}
         sums |= {leaf.key: reference.squares_sum(self.recipe, leaf, scalars) for leaf in self.others}
-        return finite_norm([leaf.key for leaf in self.leaves], sums)
+        return finite_norm({leaf.key: leaf.named("grads") for leaf in self.leaves}, sums)
 
     def run(self) -> None:
         """Write parameters and slots; immutable leaves get new arrays instead."""
@@ -160,7 +160,7 @@ def _divided(recipe: Recipe, leaves: list[Leaf]) -> Divided:
     for leaf in leaves:
         reason = _obstacle(recipe, leaf)
         if reason and engine == "fused" and leaf.g is not None:
-            place = named("params", leaf.key)
+            place = leaf.named("params")
             raise ValueError(f'{place} cannot take the fused path: {reason} (xo.engine("auto") allows it)')
         if engine == "reference" or (reason and not _stageable(recipe, leaf)):
             if leaf.g is not None:
@@ -225,18 +225,19 @@ def _refuse_identical(leaves: list[Leaf]) -> None:
     for leaf in leaves:
         if leaf.mutable and not replaced(leaf):
             if id(leaf.given) in seen and leaf.given.shape != () and 0 not in leaf.given.shape:
-                first, second = named("params", seen[id(leaf.given)]), named("params", leaf.key)
+                first, second = seen[id(leaf.given)], leaf.named("params")
                 raise ValueError(f"{first} and {second} are the same array: they share memory; pass it once")
-            seen[id(leaf.given)] = leaf.key
+            seen[id(leaf.given)] = leaf.named("params")
 
 
-def finite_norm(keys: list[str], sums: dict[str, float]) -> float:
-    """The global norm from each leaf's sum of squares; an error that names the first bad leaf if it is not finite."""
+def finite_norm(names: dict[str, str], sums: dict[str, float]) -> float:
+    """The global norm from each leaf's sum of squares; an error that names the first bad leaf if it is not finite.
+
+    ``names`` maps the leaves' keys, in their order, to how errors spell their gradients.
+    """
     total = add_in_order([sums[key] for key in sorted(sums)])
     if not np.isfinite(total):
-        bad = next((key for key in keys if not np.isfinite(sums.get(key, 0.0))), None)
-        place = (
-            f"{named('grads', bad)} holds inf or NaN, or values too large to square" if bad else "their sum overflows"
-        )
+        bad = next((name for key, name in names.items() if not np.isfinite(sums.get(key, 0.0))), None)
+        place = f"{bad} holds inf or NaN, or values too large to square" if bad else "the sum over the arrays overflows"
         raise FloatingPointError(f"the norm of the gradients is {np.sqrt(total)}: {place}; nothing was changed")
     return float(np.sqrt(total))

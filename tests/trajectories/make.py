@@ -13,6 +13,7 @@ import os
 import platform
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -201,13 +202,9 @@ def make(library: str, path: Path) -> None:
     start, gradients = problem()
     cases, versions = MAKERS[library](start, gradients)
     versions |= {"numpy": np.__version__, "python": platform.python_version()}
-    np.savez_compressed(
-        path,
-        versions=np.array(json.dumps(versions, sort_keys=True)),
-        start=start,
-        gradients=gradients,
-        **{f"case_{name}": rows for name, rows in cases.items()},
-    )
+    stored: dict[str, Any] = {f"case_{name}": rows for name, rows in cases.items()}
+    stored |= {"versions": np.array(json.dumps(versions, sort_keys=True)), "start": start, "gradients": gradients}
+    np.savez_compressed(path, **stored)
 
 
 def main() -> None:

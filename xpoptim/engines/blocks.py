@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from functools import lru_cache
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -17,8 +17,6 @@ from . import threads
 
 _WORTH_THREADS = 1 << 18  # numbers; below, waking a second thread costs more than it gains
 _GRAIN = 1 << 13  # blocks of a task
-
-_lock = threading.Lock()
 
 
 def obstacle(x: Any, dtype: str) -> str:
@@ -33,58 +31,74 @@ def obstacle(x: Any, dtype: str) -> str:
     return ""
 
 
-def run(program: BlockProgram, x: Any, y: Any, inputs: list[float], words: list[int]) -> None:
-    """Fill ``y`` from ``x``, both in C order; the same array, or two that do not overlap."""
-    if not x.size:
-        return
-    real = np.float32 if program.compute == "float32" else np.float64
-    with np.errstate(over="ignore"):
-        scalars = np.array(evaluate(program, inputs) or [0.0]).astype(real)
-    numbers = x.size * (len(program.lanes) // 4)
-    on_host = isinstance(x, np.ndarray)
-    (_run_on_cpu if on_host else _run_on_gpu)(program, x, y, numbers, scalars, np.array(words, np.uint32))
-
-
-@lru_cache(maxsize=64)
-def _cpu_kernel(program: BlockProgram, in_place: bool) -> tuple[Any, Any]:
-    from .jit import Module
-
-    module = Module(llvm_blocks.assembly(program, in_place=in_place))
-    pointer, word = ctypes.c_void_p, ctypes.c_int64
-    run = ctypes.CFUNCTYPE(None, pointer, pointer, word, pointer, pointer, pointer, word)
-    return run(module.address("run")), module
-
-
-def _run_on_cpu(
-    program: BlockProgram, x: np.ndarray, y: np.ndarray, numbers: int, scalars: np.ndarray, words: np.ndarray
-) -> None:
-    with _lock:  # so that two threads do not compile the same
-        kernel, _ = _cpu_kernel(program, x is y)
-    cursor = np.zeros(1, np.int64)
-    count = threads.get_num_threads() if numbers >= _WORTH_THREADS else 1
-    grain = _GRAIN if count > 1 else numbers
-    at = [a.ctypes.data for a in (x, y, scalars, words, cursor)]
-    arguments = (at[0], at[1], numbers, at[2], at[3], at[4], grain)
-    if count == 1:
-        kernel(*arguments)
+def copy(to: Any, source: Any) -> None:
+    """The values of an array into one of the same shape and dtype."""
+    if isinstance(source, np.ndarray):
+        to[...] = source
     else:
-        tasks = -(-numbers // (len(program.lanes) * grain))
-        threads.run(lambda: kernel(*arguments), min(count, tasks))
+        from . import driver
+
+        driver.copy(to, source)
 
 
-def _run_on_gpu(program: BlockProgram, x: Any, y: Any, numbers: int, scalars: np.ndarray, words: np.ndarray) -> None:
-    from . import cuda, driver
+class Kernel:
+    """A block program that runs on NumPy and CuPy arrays. It is compiled when an array first asks for it."""
 
-    device = x.device.id
-    per_thread = len(program.lanes) * cuda_blocks.blocks_of_a_thread(program)
-    grid = -(-numbers // (per_thread * THREADS))
-    values = (_by_value(scalars), _by_value(words))
-    with driver.on(device):
-        function = cuda.kernel(_source(program), "blocks", device)
-        driver.launch(function, grid, THREADS, (x, y, np.int64(numbers), *values))
+    def __init__(self, program: BlockProgram) -> None:
+        self.program = program
+        self._lock = threading.Lock()  # so that two threads do not compile the same
+        self._on_cpu: dict[bool, tuple[Any, Any]] = {}
 
+    def run(self, x: Any, y: Any, inputs: list[float], words: list[int]) -> None:
+        """Fill ``y`` from ``x``, both in C order: in the same memory, or in two that do not overlap.
 
-_source = lru_cache(maxsize=64)(cuda_blocks.source)
+        On a GPU it has to be the current one, and the work is done on the current stream.
+        """
+        if not x.size:
+            return
+        numbers = x.size * (len(self.program.lanes) // 4)
+        real = np.float32 if self.program.compute == "float32" else np.float64
+        with np.errstate(over="ignore"):
+            scalars = np.array(evaluate(self.program, inputs) or [0.0]).astype(real)
+        run = self._run_on_cpu if isinstance(x, np.ndarray) else self._run_on_gpu
+        run(x, y, numbers, scalars, np.array(words or [0], np.uint32))
+
+    def _compiled(self, in_place: bool) -> Any:
+        if in_place not in self._on_cpu:
+            from .jit import Module
+
+            with self._lock:
+                if in_place not in self._on_cpu:
+                    module = Module(llvm_blocks.assembly(self.program, in_place=in_place))
+                    pointer, word = ctypes.c_void_p, ctypes.c_int64
+                    run = ctypes.CFUNCTYPE(None, pointer, pointer, word, pointer, pointer, pointer, word)
+                    self._on_cpu[in_place] = run(module.address("run")), module  # the module holds the code
+        return self._on_cpu[in_place][0]
+
+    def _run_on_cpu(self, x: np.ndarray, y: np.ndarray, numbers: int, scalars: np.ndarray, words: np.ndarray) -> None:
+        cursor = np.zeros(1, np.int64)
+        source, target, *rest = (a.ctypes.data for a in (x, y, scalars, words, cursor))
+        compiled = self._compiled(source == target)
+        count = threads.get_num_threads() if numbers >= _WORTH_THREADS else 1
+        grain = _GRAIN if count > 1 else numbers
+        arguments = (source, target, numbers, *rest, grain)
+        if count == 1:
+            compiled(*arguments)
+        else:
+            tasks = -(-numbers // (len(self.program.lanes) * grain))
+            threads.run(lambda: compiled(*arguments), min(count, tasks))
+
+    @cached_property
+    def _cuda(self) -> str:
+        return cuda_blocks.source(self.program)
+
+    def _run_on_gpu(self, x: Any, y: Any, numbers: int, scalars: np.ndarray, words: np.ndarray) -> None:
+        from . import cuda, driver
+
+        per_thread = len(self.program.lanes) * cuda_blocks.blocks_of_a_thread(self.program)
+        grid = -(-numbers // (per_thread * THREADS))
+        function = cuda.kernel(self._cuda, "blocks", x.device.id)
+        driver.launch(function, grid, THREADS, (x, y, np.int64(numbers), _by_value(scalars), _by_value(words)))
 
 
 def _by_value(values: np.ndarray) -> np.ndarray:

@@ -7,8 +7,9 @@ one-thread kernel works them out on the device, which then keeps the step count:
 
 from __future__ import annotations
 
+import operator
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from ..fusion.dtypes import PART
 from ..fusion.norm import CHUNK
 from ..fusion.program import Program
 from ..fusion.scalars import evaluate
-from ..leaves import Leaf, named
+from ..leaves import Leaf
 from ..memory import dense_alike
 from ..recipe import Recipe
 from . import driver
@@ -104,6 +105,18 @@ class _Table:
 
 
 @dataclass
+class _InOrder:
+    """A gradient that lies in another order than C's, and a copy in C order: a norm is summed up in that."""
+
+    row: int
+    strides: tuple[int, ...]
+    copy: Any
+
+    def renew(self, address: int) -> None:
+        driver.copy(self.copy, driver.array_at(address, self.copy, self.strides))
+
+
+@dataclass
 class _Group:
     """The leaves of one device and one pair of dtypes: one launch."""
 
@@ -120,6 +133,7 @@ class _Group:
     norm_chunks: int = 0
     sums: Any = None
     totals: Any = None
+    in_order: list[_InOrder] = field(default_factory=list)
 
 
 class Counter:
@@ -161,7 +175,9 @@ def obstacle(leaf: Leaf) -> str:
 
 def staged(leaf: Leaf) -> Leaf:
     """The leaf through dense copies, for what a kernel cannot walk. `unstage` brings the results home."""
-    dtype = leaf.dtype if leaf.dtype in PART and leaf.g_dtype not in PART else leaf.g_dtype
+    dtype = leaf.g_dtype
+    if leaf.dtype in PART and dtype not in PART:
+        dtype = "complex128" if dtype == "float64" else "complex64"  # exact: kernels round, CuPy flushes subnormals
     g = driver.dense(leaf.g if dtype == leaf.g_dtype else driver.converted(leaf.g, dtype))
     copy = Leaf(leaf.key, leaf.given, leaf.home, leaf.index, space=leaf.space, dtype=leaf.dtype, g_dtype=dtype)
     copy.p, copy.g, copy.slots = driver.dense(leaf.p), g, [driver.dense(slot) for slot in leaf.slots]
@@ -171,7 +187,7 @@ def staged(leaf: Leaf) -> Leaf:
 def unstage(leaf: Leaf, copy: Leaf) -> None:
     for old, new in zip((leaf.p, *leaf.slots), (copy.p, *copy.slots), strict=True):
         if new is not old:
-            old[...] = new
+            driver.copy(old, new)
 
 
 class Plan:
@@ -187,6 +203,7 @@ class Plan:
         self._places = {i: place for place, (_, i) in enumerate(ordered)}  # tensors are added in sorted order
         self._groups = [self._group(kind, members, leaves) for kind, members in by_kind.items()]
         self.devices = sorted({group.device for group in self._groups})
+        self._counter: Counter | None = None
 
     def _group(self, kind: tuple[int, str, str], members: list[int], leaves: list[Leaf]) -> _Group:
         device, dtype, g_dtype = kind
@@ -204,15 +221,15 @@ class Plan:
                 group.norm_prologue = text.prologue_source(programs["norm"])
                 group.sums = driver.zeros(max(1, group.norm_chunks), np.float64)
                 group.totals = driver.zeros(max(1, len(self._places)), np.float64)
+                group.in_order = _in_order([leaves[i].g for i in members])
         return group
 
-    def refresh(self, columns: list[list[int]]) -> None:
-        """New addresses, column by column: parameters, gradients, slots."""
+    def refresh(self, gradients: list[int]) -> None:
+        """New addresses of the gradients."""
         for group in self._groups:
             for table in (group.update, group.norm):
                 if table is not None:
-                    for buffer, column in zip(table.program.buffers, columns, strict=True):
-                        table.rows[text.name_of(buffer)] = [column[i] for i in group.members]
+                    table.rows["g"] = [gradients[i] for i in group.members]
 
     # On the host: scalars are known, or the norm is fetched.
 
@@ -237,9 +254,16 @@ class Plan:
     # On the device.
 
     def prepare(self) -> None:
-        """Allocate what `run_on_device` needs."""
+        """Allocate and compile what `run_on_device` needs."""
+        if len(self.recipe.inputs) > _MOST_INPUTS:
+            raise ValueError(
+                f"{self.recipe.name} takes {len(self.recipe.inputs)} scalars, but where a GPU counts the steps "
+                f"(clip_norm or capturable with CuPy arrays) there may be {_MOST_INPUTS}"
+            )
         for group in self._groups:
             with driver.on(group.device):
+                for source in filter(None, (group.prologue, group.norm_prologue)):
+                    kernel(source, "prologue", group.device)
                 if group.scalars is None:
                     group.scalars = _scalar_memory(group.update.program)
                 if group.norm is not None and group.norm_scalars is None:
@@ -253,6 +277,7 @@ class Plan:
 
         ``from_state``: take the hyperparameters from the counter's memory, where `set_inputs` puts them.
         """
+        self._counter = counter  # whose memory a captured graph goes on using
         with driver.on(counter.device):
             tensors = 0
             if self.recipe.reductions:
@@ -298,6 +323,9 @@ class Plan:
         """Sums of squares of the group's tensors, into ``totals``."""
         table = group.norm
         assert table is not None
+        for gradient in group.in_order:
+            gradient.renew(int(group.update.rows["g"][gradient.row]))
+            table.rows["g"][gradient.row] = gradient.copy.data.ptr
         if scalars is _NULL:
             table.scalars[: len(table.program.scalars)] = evaluate(table.program, values)
         if group.norm_chunks:
@@ -312,6 +340,11 @@ class Plan:
             group.update.launch("update", group.blocks, text.THREADS, *counts, scalars, skip)
 
 
+def _in_order(gradients: list[Any]) -> list[_InOrder]:
+    odd = [(row, g) for row, g in enumerate(gradients) if not g.flags.c_contiguous]
+    return [_InOrder(row, g.strides, driver.dense(g)) for row, g in odd]
+
+
 def _scalar_memory(program: Program) -> Any:
     real = np.float32 if program.compute == "float32" else np.float64
     return driver.zeros(max(1, len(program.scalars)), real)
@@ -324,39 +357,45 @@ def _fill(table: _Table, leaves: list[Leaf], lengths: list[int], chunk: int) -> 
         table.rows[text.name_of(buffer)] = [row[place].data.ptr for row in arrays]
     chunks = [-(-length // chunk) for length in lengths]
     if sum(chunks) >= 2**31:
-        raise ValueError(f"{named('params', leaves[0].key)} and its like have more elements than one launch can take")
+        raise ValueError(f"{leaves[0].named('params')} and its like have more elements than one launch can take")
     table.rows["length"] = lengths
     table.rows["first"] = np.cumsum([0, *chunks[:-1]])
     return sum(chunks)
 
 
 class Watch:
-    """Compares CuPy arrays with what they were: places, shapes, strides, dtypes. Gradients may have moved."""
+    """Compares CuPy arrays with what they were: places, shapes, strides, dtypes. Gradients may have moved.
+
+    Slots are the optimizer's own: of them it is enough that they are the same objects.
+    """
 
     def __init__(self, plan: Plan, columns: list[list[Any]]) -> None:
-        self._plan = plan
-        self._layouts = [_layouts(column) for column in columns]
-        self._addresses = [_addresses(column) for column in columns]
-        written = [a for j, column in enumerate(columns) if j != 1 for a in column]
-        spans = sorted((a.data.ptr, a.data.ptr + a.nbytes) for a in written if a.nbytes)
+        params, grads, *slots = columns
+        self._plan, self._slots = plan, slots
+        self._layouts = [_layouts(params), _layouts(grads)]
+        self._params, self._grads = _addresses(params), _addresses(grads)
+        spans = sorted((a.data.ptr, a.data.ptr + a.nbytes) for column in (params, *slots) for a in column if a.nbytes)
         self._starts = np.array([start for start, _ in spans], np.uint64)
         self._ends = np.array([end for _, end in spans], np.uint64)
-        self._sizes = np.array([a.nbytes for a in columns[1]], np.uint64)
+        self._sizes = np.array([a.nbytes for a in grads], np.uint64)
 
     def unchanged(self, columns: list[list[Any]]) -> bool:
         """Whether all arrays are as before, gradients anywhere; the plan's addresses are then up to date."""
+        params, grads, *slots = columns
+        if any(any(map(operator.is_not, now, was)) for now, was in zip(slots, self._slots, strict=True)):
+            return False
         try:
-            addresses = [_addresses(column) for column in columns]
-            if [_layouts(column) for column in columns] != self._layouts:
+            if [_layouts(params), _layouts(grads)] != self._layouts or _addresses(params) != self._params:
                 return False
+            moved = _addresses(grads)
         except AttributeError:  # a gradient is None, or no CuPy array
             return False
-        unmoved = all(now == was for j, (now, was) in enumerate(zip(addresses, self._addresses, strict=True)) if j != 1)
-        if not unmoved or self._overlaps(addresses[1]):
+        if moved == self._grads:
+            return True
+        if self._overlaps(moved):
             return False
-        if addresses[1] != self._addresses[1]:
-            self._plan.refresh(addresses)
-            self._addresses[1] = addresses[1]
+        self._plan.refresh(moved)
+        self._grads = moved
         return True
 
     def _overlaps(self, gradients: list[int]) -> bool:

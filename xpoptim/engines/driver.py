@@ -72,5 +72,18 @@ def dense(array: Any) -> Any:
     return cupy.ascontiguousarray(array)
 
 
+def copy(to: Any, source: Any) -> None:
+    """The values of an array into one of the same shape and dtype, on the current stream."""
+    to[...] = source
+
+
+def array_at(address: int, like: Any, strides: tuple[int, ...]) -> Any:
+    """An array as large as ``like`` in memory that somebody else keeps alive."""
+    import cupy
+
+    memory = cupy.cuda.UnownedMemory(address, like.nbytes, None, like.data.device_id)
+    return cupy.ndarray(like.shape, like.dtype, cupy.cuda.MemoryPointer(memory, 0), strides)
+
+
 def converted(array: Any, dtype: str) -> Any:
     return array.astype(dtype)

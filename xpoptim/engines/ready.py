@@ -16,6 +16,7 @@ class Ready:
     def __init__(self, recipe: Recipe, plan: Any, leaves: list[Leaf], watch: Any) -> None:
         self.recipe, self.plan, self._watch = recipe, plan, watch
         self.keys = [leaf.key for leaf in leaves]
+        self.gradient_names = {leaf.key: leaf.named("grads") for leaf in leaves}
         self.on_gpu = leaves[0].space == "cupy"
         self._names = [leaf.index for leaf in leaves] if isinstance(leaves[0].home, dict) else None
         self._odd = [i for i, x in enumerate(leaves) if x.g is not None and not x.g.flags.c_contiguous]

@@ -33,6 +33,8 @@ _BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 _WIDEN = {"float16": "half_to_float({})", "bfloat16": "bfloat_to_float({})"}
 _NARROW = {"float16": "float_to_half({})", "bfloat16": "float_to_bfloat({})"}
 
+_INFINITY = "#define XP_INFINITY __longlong_as_double(0x7ff0000000000000)\n"
+
 _HALF = """\
 #ifdef __CUDACC__  // a host compiler is given these two
 __device__ __forceinline__ float half_to_float(unsigned short half) {
@@ -125,8 +127,9 @@ def prologue_source(program: Program) -> str:
         cast = _cast_scalar(program, number, real)
         lines.append(f"    scalars[{slot}] = {cast};")
     body = "\n".join([*reads, *lines])
+    infinity = _INFINITY if any(node.op == "isfinite" for node in program.nodes) else ""
     return f"""\
-{_INTEGER_POWER}
+{infinity}{_INTEGER_POWER}
 struct Inputs {{
     double at[{count}];
 }};
@@ -143,6 +146,7 @@ extern "C" __global__ void prologue(const Inputs __grid_constant__ inputs, doubl
         state[{SKIP}] = finite ? 0.0 : 1.0;
         if (finite) state[{STEP}] = state[{STEP}] + 1.0;
         else state[{SKIPPED}] = state[{SKIPPED}] + 1.0;
+        for (int i = 0; i < {count} && !from_state; ++i) state[{INPUTS} + i] = inputs.at[i];  // for a replay to find
     }}
 {body}
 }}
@@ -215,7 +219,7 @@ def _preamble(program: Program) -> Iterator[str]:
     yield f"// {program.name}: " + ", ".join(f"{b.name} {b.dtype}" for b in program.buffers)
     dtypes = {_real(buffer) for buffer in program.buffers}
     if any(node.op == "isfinite" for node in program.nodes):
-        yield "#define XP_INFINITY __longlong_as_double(0x7ff0000000000000)"
+        yield _INFINITY
     if "float16" in dtypes:
         yield _HALF
     if "bfloat16" in dtypes:

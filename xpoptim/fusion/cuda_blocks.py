@@ -26,7 +26,7 @@ struct Scalars {{
     {real} at[{max(1, len(program.scalars))}];
 }};
 struct Words {{
-    unsigned at[{len(program.words)}];
+    unsigned at[{max(1, len(program.words))}];
 }};
 
 // The new numbers of a block in the place of its old ones.

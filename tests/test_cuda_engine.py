@@ -1,0 +1,866 @@
+"""The CUDA engine against the NumPy engine, bit for bit.
+
+Here the GPU is emulated on the host: what runs is the engine's own text, tables and launches, and
+cuda_host/emulated.py says what cannot be seen this way. tests/gpu runs the same tests on a GPU.
+"""
+
+import itertools
+import pickle
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+from cuda_host.emulated import emulated_gpu
+from cuda_host.host_kernel import missing
+from cuda_host.rules import Everything, Names
+from cuda_host.steps import (
+    GPU,
+    Tree,
+    alike,
+    askew,
+    assert_same,
+    capture_and_replay,
+    follow,
+    frozen_on,
+    moved,
+    trees,
+)
+from helpers import (
+    COMPLEX_DTYPES,
+    DTYPES,
+    GRADIENT_LAYOUTS,
+    LAYOUTS,
+    REAL_DTYPES,
+    RULES,
+    SLOT_DTYPES,
+    assert_same_bits,
+    assert_same_tree,
+    make_optimizer,
+    random_values,
+    special_values,
+)
+
+import xpoptim as xo
+from xpoptim.engines import cuda, driver
+from xpoptim.fusion import cuda as text
+
+WHY_NOT = missing()
+pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
+
+# What CuPy arrays can have: their bytes are in the machine's order, their elements on multiples of their size.
+CUPY_LAYOUTS = [name for name in LAYOUTS if name not in ("misaligned", "swapped")]
+CUPY_GRADIENT_LAYOUTS = [name for name in GRADIENT_LAYOUTS if name not in ("misaligned", "swapped", "readonly")]
+
+
+@pytest.fixture
+def gpu() -> Iterator[GPU]:
+    with emulated_gpu() as emulated:
+        yield emulated
+
+
+# --- the same bits
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"weight_decay": 0.3, "clip_value": 0.7, "maximize": True}], ids=["plain", "options"]
+)
+@pytest.mark.parametrize("rule", RULES)
+def test_every_rule_and_dtype(rule: str, options: dict[str, Any], gpu: GPU) -> None:
+    params = trees(DTYPES)
+    gradients = [alike(params, seed=step) for step in range(1, 4)]
+    follow(gpu, lambda: make_optimizer(rule, **options), params, gradients, place=askew)
+    assert gpu == ["update"] * (3 * len(DTYPES))  # one launch for each dtype and step
+
+
+def test_gradient_dtypes(gpu: GPU) -> None:
+    """A gradient is cast when it is loaded; a real one of a complex parameter goes through a complex copy."""
+    pairs = [*itertools.product(REAL_DTYPES, REAL_DTYPES), *itertools.product(COMPLEX_DTYPES, DTYPES)]
+    rng = np.random.default_rng(1)
+    params = {f"{p} {g}": random_values(rng, (301,), DTYPES[p], 0.2) for p, g in pairs}
+    gradients = [
+        {f"{p} {g}": random_values(np.random.default_rng(k), (301,), DTYPES[g], 0.3) for p, g in pairs} for k in (1, 2)
+    ]
+    follow(gpu, lambda: make_optimizer("Adam"), params, gradients)
+    assert gpu.count("update") == 2 * (16 + 4)
+
+
+@pytest.mark.parametrize("name", ["float16", "float32", "complex128"])
+def test_each_buffer_aligned_in_its_own_way(name: str, gpu: GPU) -> None:
+    dtype, slot_dtype = DTYPES[name], SLOT_DTYPES[name]
+    apart = [
+        (0, 0, 0, 0),
+        (1, 1, 1, 1),
+        (3, 3, 3, 3),
+        (1, 0, 0, 0),
+        (0, 1, 0, 0),
+        (0, 0, 1, 0),
+        (2, 2, 0, 2),
+        (1, 3, 1, 1),
+    ]
+    keys = [f"{offsets} {size}" for offsets in apart for size in (1, 3, 4, 17, 2500)]
+    places = dict(zip(keys, [offsets for offsets in apart for _ in range(5)], strict=True))
+    rng = np.random.default_rng(2)
+    params = {key: random_values(rng, (int(key.split()[-1]),), dtype, 0.1) for key in keys}
+    slots = {
+        slot: {key: abs(random_values(rng, params[key].shape, slot_dtype)).astype(slot_dtype) for key in keys}
+        for slot in ("m", "v")
+    }
+    opt, expected_opt = make_optimizer("Adam"), make_optimizer("Adam")
+    state = {"class": "Adam", "step": 3, "slots": slots}
+    expected_opt.load_state_dict(state)
+    opt.load_state_dict(state)
+    for number, slot in enumerate(("m", "v")):
+        for key in keys:
+            offset = places[key][2 + number] * slot_dtype.itemsize
+            opt.state["slots"][slot][key] = gpu.array(slots[slot][key], offset)
+    on_gpu = {key: gpu.array(p, places[key][0] * dtype.itemsize) for key, p in params.items()}
+    for step in range(2):
+        grads = alike(params, seed=step)
+        opt.update(on_gpu, {key: gpu.array(g, places[key][1] * dtype.itemsize) for key, g in grads.items()})
+        expected_opt.update(params, grads)
+        assert_same(gpu, opt, on_gpu, expected_opt, params)
+    assert gpu == ["update"] * 2
+
+
+@pytest.mark.parametrize("layout", CUPY_LAYOUTS)
+def test_layouts(layout: str, gpu: GPU) -> None:
+    """Every layout of a parameter with every layout of its gradient, with and without a norm."""
+    shapes = ((4, 5, 6), (1, 7), (3, 0), (9, 8), ())
+    for options in ({}, {"clip_norm": 0.7}):
+        values = {
+            f"{number} {other}": random_values(np.random.default_rng(number), shape, np.dtype(np.float32))
+            for number, shape in enumerate(shapes)
+            for other in CUPY_GRADIENT_LAYOUTS
+        }
+        opt, expected_opt = make_optimizer("Adam", **options), make_optimizer("Adam", **options)
+        on_gpu = {key: gpu.array(LAYOUTS[layout](p)) for key, p in values.items()}
+        for step in range(3):
+            grads = {key: GRADIENT_LAYOUTS[key.split()[1]](g) for key, g in alike(values, seed=step, special=0).items()}
+            opt.update(on_gpu, {key: gpu.array(g) for key, g in grads.items()})
+            expected_opt.update(values, grads)
+            assert_same(gpu, opt, on_gpu, expected_opt, values)
+        assert gpu.count("update") == 3
+        gpu.take()
+
+
+@pytest.mark.parametrize("layout", ["fortran", "permuted"])
+def test_dense_arrays_of_equal_layout_need_no_copies(layout: str, gpu: GPU) -> None:
+    params = {"W": random_values(np.random.default_rng(0), (12, 13, 5), np.dtype(np.float32))}
+    make = LAYOUTS[layout]
+    follow(
+        gpu,
+        lambda: make_optimizer("Momentum"),
+        params,
+        [alike(params, seed=step, special=0) for step in range(3)],
+        place=lambda gpu, p, _: gpu.array(make(p)),
+        place_gradient=lambda gpu, g, _: gpu.array(make(g)),
+    )
+    assert gpu == ["update"] * 3
+    with mock.patch.object(driver, "copy", side_effect=AssertionError):
+        opt = make_optimizer("Momentum")
+        report = str(opt.explain({"W": gpu.array(make(params["W"]))}, {"W": gpu.array(make(params["W"]))}))
+    assert "dense CuPy arrays of equal layout" in report
+
+
+def test_strided_arrays_are_staged(gpu: GPU) -> None:
+    values = random_values(np.random.default_rng(0), (6, 7), np.dtype(np.float64))
+    params = {"W": gpu.array(LAYOUTS["columns"](values)), "b": gpu.array(values[0].copy())}
+    grads = {"W": gpu.array(values), "b": gpu.array(values[1].copy())}
+    opt = make_optimizer("Adam")
+    assert "staged" in str(opt.explain(params, grads))
+    with xo.engine("fused"), pytest.raises(ValueError, match=r"params\['W'\] cannot take the fused path: .*not dense"):
+        opt.update(params, grads)
+    assert_same_bits(gpu.host(params["W"]), values)
+    assert opt.state["step"] == 0
+    assert not gpu
+    opt.update(params, grads)
+    assert gpu == ["update", "copy"]
+
+
+def test_special_values_of_all_buffers(gpu: GPU) -> None:
+    """Each special value of a parameter with each of its gradient, over several steps."""
+    params, grads = {}, {}
+    for name, dtype in REAL_DTYPES.items():
+        values = special_values(dtype)
+        params[name] = np.repeat(values, len(values))
+        grads[name] = np.tile(values, len(values))
+    for rule in ("Nesterov", "Adam"):
+        follow(gpu, lambda rule=rule: make_optimizer(rule, clip_value=3.0), params, [grads] * 3)
+
+
+def test_long_chunks(gpu: GPU) -> None:
+    """Where a block's threads go round more than once, as with large tensors."""
+    params = trees({name: DTYPES[name] for name in ("bfloat16", "float64")}, ((40_000,), (33_000,)))
+    with mock.patch.object(text, "MANY_BLOCKS", 1):
+        follow(gpu, lambda: make_optimizer("Adam"), params, [alike(params, seed=1)] * 2, place=askew)
+    assert gpu == ["update"] * 4
+
+
+@pytest.mark.parametrize("flag", [False, True])
+def test_every_operation_and_constant(flag: bool, gpu: GPU) -> None:
+    params = trees({name: DTYPES[name] for name in ("bfloat16", "float32", "float64")}, ((1001,), (3,)), special=0.4)
+    gradients = [alike(params, seed=step, special=0.4) for step in range(1, 4)]
+    follow(gpu, lambda: Everything(flag=flag), params, gradients)
+    follow(gpu, lambda: Everything(flag=flag, capturable=True), params, gradients)
+
+
+def test_names_of_slots_and_hyperparameters(gpu: GPU) -> None:
+    params = {"W": random_values(np.random.default_rng(0), (300,), np.dtype(np.float32))}
+    gradients = [alike(params, seed=step) for step in range(3)]
+    follow(gpu, Names, params, gradients)
+    follow(gpu, lambda: Names(capturable=True), params, gradients)
+
+
+# --- many tensors
+
+
+@pytest.mark.parametrize(("rule", "count", "clip_norm"), [("Adam", 700, 3.0), ("SGD", 700, None), ("Adam", 3000, None)])
+def test_many_tensors(rule: str, count: int, clip_norm: float | None, gpu: GPU) -> None:
+    """The rows of a table in device memory are brought there if one has changed, and only then."""
+    rng = np.random.default_rng(count)
+    shapes = [(int(n) * (i % 7 == 3),) for i, n in enumerate(rng.integers(0, 30, count))]  # shuffles take the host long
+    shapes[count // 2] = (5000,)
+    params = {f"{i}": random_values(rng, shape, np.dtype(np.float32)) for i, shape in enumerate(shapes)}
+    first, second = (alike(params, seed=step, special=0) for step in (1, 2))
+    opt, expected_opt = (make_optimizer(rule, clip_norm=clip_norm) for _ in range(2))
+    on_gpu, in_place, elsewhere = moved(gpu, params), moved(gpu, first, askew), moved(gpu, second, askew)
+    many = rule == "Adam"  # for which 681 rows go by value, for SGD 1,000
+    uploads = ["upload"] * (-(-count * 6 // text.UPLOAD_WORDS) if many else 0)
+    sums, fold, update = (name + "_many" * many for name in ("sums", "fold", "update"))
+    for values, arrays, changed in [
+        (first, in_place, uploads),
+        (first, in_place, []),
+        (second, elsewhere, uploads),
+        (second, elsewhere, []),
+    ]:
+        opt.update(on_gpu, arrays)
+        expected_opt.update(params, values)
+        norm = [*changed, sums, fold, "prologue"] if clip_norm else []
+        assert gpu.take() == [*norm, *changed, update]
+    assert_same(gpu, opt, on_gpu, expected_opt, params)
+
+
+@pytest.mark.parametrize("count", [1, 8, 9, 64, 65, 256, 257, 681, 682])
+def test_capacities(count: int, gpu: GPU) -> None:
+    """Each size of the table that goes by value, full and with one tensor too many for it."""
+    program = make_optimizer("Adam")._recipe.programs("float32", "float32")["update"]
+    rows = cuda.capacity(program, count)
+    assert rows == next((n for n in (8, 64, 256, 681) if count <= n), None)
+    params = {f"{i}": np.full(3, i, np.float32) for i in range(count)}
+    follow(gpu, lambda: make_optimizer("Adam"), params, [alike(params, seed=1)] * 2)
+    assert [name for name in gpu if name != "upload"] == (["update"] if rows else ["update_many"]) * 2
+
+
+# --- what a step does, and what it does not
+
+
+def container_kinds() -> dict[str, Callable[[Tree], Any]]:
+    return {"dict": dict, "list": lambda tree: list(tree.values())}
+
+
+@pytest.mark.parametrize("options", [{}, {"clip_norm": 0.5}, {"capturable": True}], ids=["plain", "norm", "capturable"])
+@pytest.mark.parametrize("kind", container_kinds())
+@pytest.mark.parametrize("layout", ["C", "fortran"])
+def test_steps_after_the_first_neither_wait_nor_allocate(
+    kind: str, layout: str, options: dict[str, Any], gpu: GPU
+) -> None:
+    contain, lay = container_kinds()[kind], LAYOUTS[layout]
+    params = trees({name: DTYPES[name] for name in ("float16", "float32")}, ((33, 40), (0,), ()), special=0)
+    opt, expected_opt = make_optimizer("Adam", **options), make_optimizer("Adam", **options)
+    on_gpu, expected = moved(gpu, params, lambda gpu, p, _: gpu.array(lay(p))), contain(params)
+    for step in range(6):
+        grads = alike(params, seed=step, special=0)
+        on_gpu_grads = contain(moved(gpu, grads, lambda gpu, g, _: gpu.array(lay(g))))
+        opt.lr = expected_opt.lr = 0.1 / (step + 1)
+        expected_opt.update(expected, contain(grads))
+        if step == 0:
+            opt.update(contain(on_gpu), on_gpu_grads)
+        else:
+            with gpu.quiet():
+                opt.update(contain(on_gpu), on_gpu_grads)
+        assert_same_tree(gpu.host(contain(on_gpu)), expected)
+    assert_same_tree(gpu.host(opt.state), expected_opt.state)
+
+
+def test_one_launch_a_step(gpu: GPU) -> None:
+    params = trees({"float32": np.dtype(np.float32)})
+    opt, on_gpu = make_optimizer("Adam"), moved(gpu, params)
+    for step in range(4):
+        opt.update(on_gpu, moved(gpu, alike(params, seed=step)))
+        assert gpu.take() == ["update"]
+
+
+def test_nothing_to_do_is_no_launch(gpu: GPU) -> None:
+    empty = {"a": gpu.array(np.zeros((0, 3), np.float32)), "b": gpu.array(np.zeros(0, np.float32))}
+    for options in ({}, {"clip_norm": 1.0}, {"capturable": True}):
+        opt = make_optimizer("Adam", **options)
+        for step in range(3):
+            opt.update(empty, dict(empty))
+            assert opt.state["step"] == step + 1
+        assert "update" not in gpu.take()
+        opt = make_optimizer("Adam", **options)
+        opt.update({"a": gpu.array(np.ones(3))}, {"a": None})
+        assert not gpu.take()
+        assert opt.state["step"] == 1
+
+
+def test_gradients_are_not_kept_alive(gpu: GPU) -> None:
+    params = trees({"float32": np.dtype(np.float32)}, ((33, 40), (5,)), special=0)
+    for options in ({}, {"clip_norm": 0.5}, {"capturable": True}):
+        opt, on_gpu = (
+            make_optimizer("Adam", **options),
+            moved(gpu, params, lambda gpu, p, _: gpu.array(LAYOUTS["fortran"](p))),
+        )
+        for step in range(3):
+            grads = moved(gpu, alike(params, seed=step, special=0), lambda gpu, g, _: gpu.array(LAYOUTS["fortran"](g)))
+            alive = [weakref.ref(g) for g in grads.values()]
+            opt.update(on_gpu, grads)
+            del grads
+            assert not any(ref() is not None for ref in alive)
+        alive = [weakref.ref(p) for p in on_gpu.values()]
+        del on_gpu
+        assert not any(ref() is not None for ref in alive)  # nor parameters
+
+
+def test_gradients_that_are_none(gpu: GPU) -> None:
+    params = trees({"float32": np.dtype(np.float32)}, special=0)
+    for options in ({}, {"clip_norm": 0.5}):
+        opt, expected_opt = make_optimizer("Adam", **options), make_optimizer("Adam", **options)
+        expected, on_gpu = {key: p.copy() for key, p in params.items()}, moved(gpu, params)
+        for step in range(5):
+            grads = alike(params, seed=step, special=0)
+            left = [None if (step + i) % 3 == 0 else key for i, key in enumerate(grads)]
+            given = moved(gpu, grads, askew)
+            opt.update(on_gpu, {key: g if key in left else None for key, g in given.items()})
+            expected_opt.update(expected, {key: g if key in left else None for key, g in grads.items()})
+            assert_same(gpu, opt, on_gpu, expected_opt, expected)
+
+
+def test_gradients_that_overlap_what_is_written(gpu: GPU) -> None:
+    """They act as if they had been copied first: also in a step that is otherwise like the one before."""
+    values = random_values(np.random.default_rng(0), (2000,), np.dtype(np.float32))
+    for options in ({}, {"clip_norm": 0.5}):
+        opt, expected_opt = make_optimizer("Momentum", **options), make_optimizer("Momentum", **options)
+        room, expected_room = gpu.array(values), values.copy()
+        params = {"W": room[:1000], "b": room[1500:]}
+        expected = {"W": expected_room[:1000], "b": expected_room[1500:]}
+        apart = {"W": values[:1000] * 2, "b": values[1500:] * 3}
+        for step in range(6):
+            if step % 2:
+                grads = {"W": room[3:1003], "b": room[1000:1500]}
+                expected_grads = {"W": expected_room[3:1003].copy(), "b": expected_room[1000:1500].copy()}
+            else:
+                grads, expected_grads = moved(gpu, apart), apart
+            opt.update(params, grads)
+            expected_opt.update(expected, expected_grads)
+            assert_same(gpu, opt, params, expected_opt, expected)
+        slot = opt.state["slots"]["v"]["W"]
+        expected_opt.update(expected, {"W": gpu.host(slot), "b": apart["b"]})
+        opt.update(params, {"W": slot, "b": gpu.array(apart["b"])})
+        assert_same(gpu, opt, params, expected_opt, expected)
+
+
+def test_parameters_that_share_memory(gpu: GPU) -> None:
+    room = gpu.array(np.ones((4, 6), np.float32))
+    opt = make_optimizer("Adam")
+    whole = {"a": room, "b": room[1]}
+    with pytest.raises(ValueError, match=r"params\['a'\] and params\['b'\] share memory"):
+        opt.update(whole, dict(whole))
+    with pytest.raises(ValueError, match="share memory"):
+        opt.update({"a": room, "b": room}, {"a": room, "b": room})
+    assert opt.state == {"step": 0, "slots": {}}
+    assert not gpu
+    columns = {"a": room[:, :3], "b": room[:, 3:]}
+    opt.update(columns, {key: gpu.array(np.ones((4, 3), np.float32)) for key in columns})
+    assert opt.state["step"] == 1
+
+
+def test_arrays_that_change_are_seen(gpu: GPU) -> None:
+    """A parameter or slot elsewhere, and a gradient of another dtype or layout, in the step after."""
+    params = trees({"float32": np.dtype(np.float32)}, ((33, 40), (5,)), special=0)
+    opt, expected_opt, on_gpu = make_optimizer("Adam"), make_optimizer("Adam"), moved(gpu, params)
+    first, second = params
+    for step in range(8):
+        grads = alike(params, seed=step, special=0, dtype=np.dtype(np.float16 if step == 3 else np.float32))
+        given = moved(gpu, grads)
+        if step == 2:
+            on_gpu[first] = gpu.array(gpu.host(on_gpu[first]))
+        if step == 4:
+            given[first] = gpu.array(np.asfortranarray(grads[first]))
+        if step == 5:
+            opt.state["slots"]["m"][second] = gpu.array(gpu.host(opt.state["slots"]["m"][second]), 4)
+        if step == 6:
+            on_gpu = {key: on_gpu[key] for key in (second, first)}
+        opt.update(on_gpu, given)
+        expected_opt.update(params, grads)
+        assert_same(gpu, opt, on_gpu, expected_opt, params)
+    with pytest.raises(ValueError, match="shape"):
+        opt.update(
+            on_gpu | {second: gpu.array(np.ones(6, np.float32))}, given | {second: gpu.array(np.ones(6, np.float32))}
+        )
+    on_gpu[second].shape = (5, 1)
+    with pytest.raises(ValueError, match="shape"):
+        opt.update(on_gpu, given)
+    assert opt.state["step"] == 8
+
+
+def test_containers(gpu: GPU) -> None:
+    """Nested ones, lists, and a lone array."""
+    values = [random_values(np.random.default_rng(i), (20,), np.dtype(np.float32)) for i in range(4)]
+    kinds: dict[str, Callable[[Callable[[np.ndarray], Any]], Any]] = {
+        "nested": lambda f: {"a": [f(values[0]), {"b": f(values[1])}], "c": (f(values[2]), f(values[3]))},
+        "list": lambda f: [f(v) for v in values],
+        "lone": lambda f: f(values[0]),
+    }
+    for make in kinds.values():
+        opt, expected_opt = make_optimizer("Adam"), make_optimizer("Adam")
+        params, expected = make(gpu.array), make(np.copy)
+        for step in range(3):
+            opt.update(params, make(lambda v, step=step: gpu.array(v * step)))
+            expected_opt.update(expected, make(lambda v, step=step: v * step))
+        flat, expected_flat = ([*_arrays(tree)] for tree in (params, expected))
+        assert_same_tree([gpu.host(a) for a in flat], expected_flat)
+        assert_same_tree(gpu.host(opt.state), expected_opt.state)
+        assert gpu.take() == ["update"] * 3
+
+
+def _arrays(tree: Any) -> Iterator[Any]:
+    if isinstance(tree, dict | list | tuple):
+        for value in tree.values() if isinstance(tree, dict) else tree:
+            yield from _arrays(value)
+    else:
+        yield tree
+
+
+def test_apply_leaves_everything_alone(gpu: GPU) -> None:
+    params = trees({"float32": np.dtype(np.float32)}, special=0)
+    for options in ({}, {"clip_norm": 0.5}):
+        opt, on_gpu, on_host = make_optimizer("Adam", **options), moved(gpu, params), params
+        state, expected_state = opt.init(on_gpu), opt.init(params)
+        for step in range(3):
+            grads = alike(params, seed=step, special=0)
+            given, before = moved(gpu, grads), frozen_on(gpu, on_gpu, state)
+            new, new_state = opt.apply(on_gpu, given, state)
+            assert frozen_on(gpu, on_gpu, state) == before
+            on_host, expected_state = opt.apply(on_host, grads, expected_state)
+            on_gpu, state = new, new_state
+            assert_same_tree(gpu.host(on_gpu), on_host)
+            assert_same_tree(gpu.host(state), expected_state)
+        assert opt.state["step"] == 0
+
+
+def test_numpy_and_cupy_in_one_container(gpu: GPU) -> None:
+    params = trees({"float32": np.dtype(np.float32)}, special=0)
+    for options in ({}, {"clip_norm": 0.5}):
+        opt, expected_opt = make_optimizer("Adam", **options), make_optimizer("Adam", **options)
+        expected = {key: p.copy() for key, p in params.items()}
+        mixed = {key: gpu.array(p) if i % 2 else p.copy() for i, (key, p) in enumerate(params.items())}
+        for step in range(3):
+            grads = alike(params, seed=step, special=0)
+            opt.update(mixed, {key: gpu.array(g) if i % 2 else g for i, (key, g) in enumerate(grads.items())})
+            expected_opt.update(expected, grads)
+            assert_same(gpu, opt, mixed, expected_opt, expected)
+
+
+# --- several devices
+
+
+def test_two_devices(gpu: GPU) -> None:
+    """Each tensor is served by its own device; a norm spans them, by way of the host."""
+    params = trees({name: DTYPES[name] for name in ("float32", "float64")}, special=0)
+    for options in ({}, {"clip_norm": 0.5}, {"capturable": True}):
+        opt, expected_opt = make_optimizer("Adam", **options), make_optimizer("Adam", **options)
+        expected = {key: p.copy() for key, p in params.items()}
+        devices = [i % 2 for i in range(len(params))]
+        on_gpus = {key: gpu.array(p, device=d) for d, (key, p) in zip(devices, params.items(), strict=True)}
+        for step in range(3):
+            grads = alike(params, seed=step, special=0)
+            opt.update(
+                on_gpus, {key: gpu.array(g, device=d) for d, (key, g) in zip(devices, grads.items(), strict=True)}
+            )
+            expected_opt.update(expected, grads)
+            assert_same(gpu, opt, on_gpus, expected_opt, expected)
+            assert sorted(d for d, name in zip(gpu.devices, gpu, strict=True) if name == "update") == [0, 0, 1, 1]
+            assert gpu.device == 0
+            gpu.take()
+        for key, d in zip(params, devices, strict=True):
+            assert opt.state["slots"]["m"][key].device.id == d
+
+
+def test_second_device_alone(gpu: GPU) -> None:
+    params = {"W": random_values(np.random.default_rng(0), (5000,), np.dtype(np.float32))}
+    for options in ({}, {"clip_norm": 0.5}, {"capturable": True}):
+        follow(
+            gpu,
+            lambda options=options: make_optimizer("Adam", **options),
+            params,
+            [alike(params, seed=step, special=0) for step in range(3)],
+            place=lambda gpu, p, _: gpu.array(p, device=1),
+            place_gradient=lambda gpu, g, _: gpu.array(g, device=1),
+        )
+        assert set(gpu.devices) == {1}
+        gpu.take()
+
+
+def test_gradient_on_another_device(gpu: GPU) -> None:
+    params, grads = {"W": gpu.array(np.ones(3))}, {"W": gpu.array(np.ones(3), device=1)}
+    with pytest.raises(ValueError, match=r"grads\['W'\] is on .*1.* but params\['W'\] is on .*0"):
+        make_optimizer("SGD").update(params, grads)
+    opt = make_optimizer("Adam")
+    opt.update(params, {"W": gpu.array(np.ones(3))})
+    with pytest.raises(ValueError, match="device"):
+        opt.update({"W": gpu.array(np.ones(3), device=1)}, grads)
+
+
+# --- hyperparameters
+
+
+def test_schedules_and_changes(gpu: GPU) -> None:
+    params = trees({"float32": np.dtype(np.float32)}, special=0)
+    gradients = [alike(params, seed=step, special=0) for step in range(9)]
+
+    def change(opt: xo.Optimizer, step: int) -> None:
+        if step == 2:
+            opt.lr = 0.03
+        if step == 3:
+            opt.weight_decay = lambda step: 0.1 * step
+        if step == 4:
+            opt.clip_norm = lambda step: 1.0 / step
+        if step == 5:
+            opt.capturable = True
+        if step == 6:
+            opt.clip_norm = None
+        if step == 7:
+            opt.capturable = False
+
+    follow(gpu, lambda: xo.Adam(lr=lambda step: 0.1 / (step + 1), beta2=0.9), params, gradients, before=change)
+
+
+# --- norms
+
+
+@pytest.mark.parametrize("name", DTYPES)
+def test_norm_has_the_bits_of_the_cpu(name: str, gpu: GPU) -> None:
+    from xpoptim.leaves import pairs
+    from xpoptim.step import Step, check
+
+    for g_name in REAL_DTYPES if name in REAL_DTYPES else COMPLEX_DTYPES:
+        shapes = ((), (0,), (3,), (4096,), (4097,), (61, 201), (3, 4096))
+        grads = trees({g_name: DTYPES[g_name]}, shapes, seed=3, special=0)
+        params = {key: np.zeros(g.shape, DTYPES[name]) for key, g in grads.items()}
+        norms = []
+        for a, b in ((params, grads), (moved(gpu, params), moved(gpu, grads, askew))):
+            leaves = pairs(a, b)
+            check(leaves, writing=True)
+            opt = make_optimizer("SGD", clip_norm=1.0, clip_value=40.0)
+            norms.append(Step(opt._recipe, leaves, opt._scalars(opt._recipe, 0)).values[-1])
+        assert norms[0] == norms[1] > 0
+
+        follow(
+            gpu,
+            lambda: make_optimizer("SGD", clip_norm=1.0, clip_value=40.0),
+            params,
+            [grads] * 2,
+        )
+
+
+def test_a_step_with_a_norm_that_is_not_finite_is_skipped(gpu: GPU) -> None:
+    params = trees({name: DTYPES[name] for name in ("float16", "float32")}, special=0)
+    opt, expected_opt, on_gpu = (*(make_optimizer("Adam", clip_norm=0.5) for _ in range(2)), moved(gpu, params))
+    bad = [(2, np.nan), (3, np.inf), (5, -np.inf)]
+    for step in range(7):
+        grads = alike(params, seed=step, special=0)
+        for at, value in bad:
+            if at == step:
+                grads["float32 (7, 9)"][3, 4] = value
+        given = moved(gpu, grads)
+        if step == 0:
+            opt.update(on_gpu, given)
+        else:
+            with gpu.quiet():
+                opt.update(on_gpu, given)
+        if step not in dict(bad):
+            expected_opt.update(params, grads)
+    assert opt.skipped == 3
+    with pytest.raises(FloatingPointError, match="3 steps were skipped"):
+        opt.check()
+    assert opt.state["step"] == 4
+    assert_same(gpu, opt, on_gpu, expected_opt, params)
+    opt.update(on_gpu, given)
+    expected_opt.update(params, grads)
+    assert_same(gpu, opt, on_gpu, expected_opt, params)
+    # Without the GPU's count, after a change of options, the count goes on; and the state travels.
+    opt.clip_norm = expected_opt.clip_norm = None
+    opt.update(on_gpu, given)
+    expected_opt.update(params, grads)
+    assert_same(gpu, opt, on_gpu, expected_opt, params)
+
+
+def test_overflowing_norm_is_skipped(gpu: GPU) -> None:
+    opt, params = make_optimizer("SGD", clip_norm=1.0), {"W": gpu.array(np.ones(3))}
+    opt.update(params, {"W": gpu.array(np.full(3, 1e200))})
+    assert (opt.skipped, opt.state["step"]) == (1, 0)
+    assert_same_bits(gpu.host(params["W"]), np.ones(3))
+
+
+def test_norm_that_is_not_finite_on_the_host(gpu: GPU) -> None:
+    """On two devices the host fetches the norm, and raises."""
+    params = {"a": gpu.array(np.ones(3)), "b": gpu.array(np.ones(3), device=1)}
+    opt = make_optimizer("Adam", clip_norm=1.0)
+    with pytest.raises(FloatingPointError, match=r"grads\['b'\]"):
+        opt.update(params, {"a": gpu.array(np.ones(3)), "b": gpu.array(np.full(3, np.nan), device=1)})
+    assert opt.state == {"step": 0, "slots": {}}
+    assert_same_bits(gpu.host(params["a"]), np.ones(3))
+
+
+# --- capture
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"clip_norm": lambda step: 0.5 + step}, {"weight_decay": 0.1, "clip_value": 0.8}],
+    ids=["plain", "norm", "others"],
+)
+@pytest.mark.parametrize("layout", ["C", "fortran"])
+def test_capture(layout: str, options: dict[str, Any], gpu: GPU) -> None:
+    params = trees(
+        {name: DTYPES[name] for name in ("float16", "float32", "complex64")}, ((33, 41), (5,), (0,)), special=0
+    )
+    capture_and_replay(
+        gpu,
+        lambda: xo.Adam(lr=lambda step: 0.1 / (step + 1), beta2=0.9, capturable=True, **options),
+        params,
+        lay=LAYOUTS[layout],
+    )
+
+
+@pytest.mark.parametrize("options", [{}, {"clip_norm": 0.5}], ids=["plain", "norm"])
+def test_capture_of_many_tensors(options: dict[str, Any], gpu: GPU) -> None:
+    """The table lies in device memory, which ordinary steps and replays write in turn."""
+    params = {f"{i}": np.full(3 * (i % 9 == 0), i / 100, np.float32) for i in range(700)}
+    capture_and_replay(gpu, lambda: xo.Adam(lr=lambda step: 0.1 / (step + 1), capturable=True, **options), params)
+
+
+def test_capturable_is_the_same_without_a_capture(gpu: GPU) -> None:
+    params = trees(DTYPES)
+    follow(
+        gpu,
+        lambda: xo.Adam(lr=lambda step: 0.1 / (step + 1), capturable=True),
+        params,
+        [alike(params, seed=step) for step in range(3)],
+    )
+    assert gpu == ["prologue", "update"] * (3 * len(DTYPES))
+
+
+def test_replay_that_is_not_prepared(gpu: GPU) -> None:
+    """It takes the hyperparameters of the last step, and counts."""
+    params = {"W": random_values(np.random.default_rng(0), (50,), np.dtype(np.float32))}
+    opt, expected_opt = (xo.Adam(lr=lambda step: 0.1 / (step + 1), capturable=True) for _ in range(2))
+    on_gpu, grads = moved(gpu, params), alike(params, seed=0, special=0)
+    buffers = moved(gpu, grads)
+    opt.update(on_gpu, buffers)
+    expected_opt.update(params, grads)
+    with gpu.capture() as graph:
+        opt.update(on_gpu, buffers)
+    expected_opt.lr = 0.1
+    graph.launch()
+    expected_opt.update(params, grads)
+    opt.prepare_replay()
+    graph.launch()
+    assert opt.state["step"] == 3
+
+
+def test_skipped_steps_of_replays(gpu: GPU) -> None:
+    params = {"W": random_values(np.random.default_rng(0), (50,), np.dtype(np.float32))}
+    opt, expected_opt = (make_optimizer("Adam", clip_norm=0.5, capturable=True) for _ in range(2))
+    on_gpu, grads = moved(gpu, params), alike(params, seed=0, special=0)
+    buffers = moved(gpu, grads)
+    opt.update(on_gpu, buffers)
+    expected_opt.update(params, grads)
+    with gpu.capture() as graph:
+        opt.update(on_gpu, buffers)
+    for value in (1.0, np.nan, np.inf, 2.0):
+        grads["W"][7] = value
+        gpu.fill(buffers["W"], grads["W"])
+        opt.prepare_replay()
+        graph.launch()
+        if np.isfinite(value):
+            expected_opt.update(params, grads)
+    assert opt.skipped == 2
+    assert_same(gpu, opt, on_gpu, expected_opt, params)
+
+
+def test_what_cannot_be_captured(gpu: GPU) -> None:
+    params, grads = {"W": gpu.array(np.ones(3))}, {"W": gpu.array(np.ones(3))}
+    for options, first in (({"capturable": True}, False), ({}, True), ({"clip_norm": 1.0}, True)):
+        opt = make_optimizer("Adam", **options)
+        if first:
+            opt.update(params, grads)
+        before = frozen_on(gpu, params, opt.state)
+        with gpu.capture() as graph, pytest.raises(RuntimeError, match=r"cannot be captured.*capturable=True, and run"):
+            opt.update(params, grads)
+        assert not graph.names
+        assert frozen_on(gpu, params, opt.state) == before
+        with pytest.raises(RuntimeError, match="prepare_replay: no update of this optimizer was captured"):
+            opt.prepare_replay()
+    opt = make_optimizer("Adam", capturable=True)
+    opt.update(params, grads)
+    strided = {"W": gpu.array(np.ones(6))[::2]}
+    with gpu.capture(), pytest.raises(RuntimeError, match="cannot be captured"):
+        opt.update(params, strided)
+
+
+def test_options_that_change_after_a_capture(gpu: GPU) -> None:
+    params, grads = {"W": gpu.array(np.ones(3))}, {"W": gpu.array(np.ones(3))}
+    opt = make_optimizer("Adam", capturable=True)
+    opt.update(params, grads)
+    with gpu.capture() as graph:
+        opt.update(params, grads)
+    opt.weight_decay = 0.1
+    with pytest.raises(RuntimeError, match="an option was switched on or off since the capture"):
+        opt.prepare_replay()
+    opt.weight_decay = 0.0
+    opt.prepare_replay()
+    graph.launch()
+    assert opt.state["step"] == 2
+    opt.capturable = False
+    opt.update(params, grads)
+    with pytest.raises(RuntimeError, match="prepare_replay"):
+        opt.prepare_replay()
+    graph.launch()  # its memory is still there
+    assert opt.state["step"] == 3
+
+
+def test_a_loaded_state_ends_a_capture(gpu: GPU) -> None:
+    """The graph writes the slots that were there; to go on with it would step those."""
+    params, grads = {"W": gpu.array(np.ones(3))}, {"W": gpu.array(np.ones(3))}
+    opt = make_optimizer("Adam", capturable=True)
+    opt.update(params, grads)
+    with gpu.capture():
+        opt.update(params, grads)
+    opt.load_state_dict(opt.state_dict())
+    with pytest.raises(RuntimeError, match="capture"):
+        opt.prepare_replay()
+
+
+# --- states
+
+
+@pytest.mark.parametrize("options", [{}, {"clip_norm": 0.5}, {"capturable": True}], ids=["plain", "norm", "capturable"])
+def test_states_travel_between_numpy_and_cupy(options: dict[str, Any], gpu: GPU) -> None:
+    params = trees(DTYPES, special=0)
+    params["fortran"] = np.asfortranarray(params["float32 (7, 9)"])
+    expected_opt, expected = make_optimizer("Adam", **options), {key: p.copy() for key, p in params.items()}
+    opt, here = make_optimizer("Adam", **options), moved(gpu, params)
+    gradients = [alike(params, seed=step, special=0) for step in range(8)]
+    for step, grads in enumerate(gradients):
+        if step in (2, 4, 6):
+            state = opt.state_dict() if step != 6 else pickle.loads(pickle.dumps(gpu.host(opt.state_dict())))
+            opt = make_optimizer("Adam", **options)
+            opt.load_state_dict(state)
+            here = gpu.host(here) if step % 4 else moved(gpu, here)
+        opt.update(here, moved(gpu, grads) if step % 4 < 2 else grads)
+        expected_opt.update(expected, grads)
+        assert_same(gpu, opt, here, expected_opt, expected)
+
+
+def test_state_is_loaded_into_a_running_optimizer(gpu: GPU) -> None:
+    params = trees({"float32": np.dtype(np.float32)}, special=0)
+    for options in ({}, {"capturable": True}):
+        opt, on_gpu = make_optimizer("Adam", **options), moved(gpu, params)
+        grads = [moved(gpu, alike(params, seed=step, special=0)) for step in range(4)]
+        opt.update(on_gpu, grads[0])
+        state, kept = opt.state_dict(), gpu.host(on_gpu)
+        for g in grads[1:]:
+            opt.update(on_gpu, g)
+        expected = gpu.host(on_gpu)
+        for key, p in kept.items():
+            gpu.fill(on_gpu[key], p)
+        opt.load_state_dict(state)
+        for g in grads[1:]:
+            opt.update(on_gpu, g)
+        assert_same_tree(gpu.host(on_gpu), expected)
+        assert opt.state["step"] == 4
+
+
+# --- what can go wrong
+
+
+def test_too_many_scalars_for_the_counter(gpu: GPU) -> None:
+    count = 70
+    names = [f"h{i}" for i in range(count)]
+    code = f"def rule(xp, p, g, *, {', '.join(names)}):\n    return p - g * ({' + '.join(names)})\n"
+    namespace: dict[str, Any] = {}
+    exec(code, namespace)
+    fields = dict.fromkeys(names, 0.5)
+    many = type(
+        "Many",
+        (xo.Optimizer,),
+        {**fields, "__annotations__": dict.fromkeys(names, float), "rule": staticmethod(namespace["rule"])},
+    )
+    params = {"W": np.ones(3)}
+    follow(gpu, many, params, [params])
+    opt, on_gpu = many(capturable=True), moved(gpu, params)
+    with pytest.raises(ValueError, match=r"takes 71 scalars, .* there may be 61"):
+        opt.update(on_gpu, moved(gpu, params))
+    assert_same_tree(gpu.host(on_gpu), params)
+
+
+def test_two_threads_with_optimizers_of_their_own(gpu: GPU) -> None:
+    params = trees({"float32": np.dtype(np.float32)}, special=0)
+    gradients = [alike(params, seed=step, special=0) for step in range(5)]
+    failures = []
+
+    def train() -> None:
+        try:
+            opt, on_gpu = make_optimizer("Adam", weight_decay=0.01), moved(gpu, params)
+            for grads in gradients:
+                opt.update(on_gpu, moved(gpu, grads))
+            results.append(gpu.host(on_gpu))
+        except BaseException as error:
+            failures.append(error)
+
+    results: list[Any] = []
+    threads = [threading.Thread(target=train) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    expected_opt, expected = make_optimizer("Adam", weight_decay=0.01), {key: p.copy() for key, p in params.items()}
+    for grads in gradients:
+        expected_opt.update(expected, grads)
+    for result in results:
+        assert_same_tree(result, expected)
+
+
+@pytest.mark.parametrize("most_bytes", [cuda._MOST_BYTES, 300], ids=["by value", "in memory"])
+def test_small_but_complete(most_bytes: int, gpu: GPU) -> None:
+    """Every kernel, both tables, and both widths of a vector, at all edges of arrays."""
+    params = trees({"float16": np.dtype(np.float16)}, ((), (0,), (1,), (5,), (33, 41), (4099,)), special=0)
+    options = {"clip_norm": 0.5, "clip_value": 2.0, "weight_decay": 0.1, "capturable": True}
+    with mock.patch.object(cuda, "_MOST_BYTES", most_bytes):
+        opt, expected_opt = (make_optimizer("Adam", **options) for _ in range(2))
+        on_gpu, buffers = (
+            moved(gpu, params, askew),
+            moved(gpu, alike(params, seed=0, dtype=np.dtype(np.float32)), askew),
+        )
+        for step in range(6):
+            grads = alike(params, seed=step, special=0, dtype=np.dtype(np.float32))
+            for key, g in grads.items():
+                gpu.fill(buffers[key], g)
+            if step == 3:
+                with gpu.capture() as graph:
+                    opt.update(on_gpu, buffers)
+            if step < 3:
+                opt.update(on_gpu, buffers)
+            else:
+                opt.prepare_replay()
+                graph.launch()
+            expected_opt.update(params, grads)
+            assert_same(gpu, opt, on_gpu, expected_opt, params)
+    assert ("upload" in gpu) == (most_bytes == 300)

@@ -17,6 +17,7 @@ from helpers import assert_same_bits, assert_same_tree, make_optimizer
 from xpoptim.engines import cuda, driver, nvrtc
 from xpoptim.fusion import cuda as text
 from xpoptim.fusion.norm import CHUNK
+from xpoptim.leaves import pairs
 
 WHY_NOT = missing()
 pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
@@ -42,7 +43,7 @@ def test_both_orders_of_threads(backward: bool) -> None:
 @BOTH_ORDERS
 def test_norm_of_a_large_tensor(backward: bool) -> None:
     """More chunks than a block folds in one round."""
-    with emulated_gpu(backward=backward), mock.patch.multiple(text, FOLD_THREADS=4, FOLD_EACH=2):
+    with emulated_gpu(backward=backward) as gpu, mock.patch.multiple(text, FOLD_THREADS=4, FOLD_EACH=2):
         rng = np.random.default_rng(0)
         params = {"W": np.zeros(4096 * 67 + 5), "b": np.zeros(3)}
         grads = {key: rng.standard_normal(p.shape) for key, p in params.items()}
@@ -196,10 +197,11 @@ def test_a_cubin_that_the_driver_refuses() -> None:
 def test_tensors_too_large_for_one_launch(gpu: EmulatedGPU) -> None:
     """Their chunks must be countable in 31 bits."""
     huge = SimpleNamespace(data=SimpleNamespace(ptr=0))
-    leaf = SimpleNamespace(key="W", p=huge, g=huge, slots=[])
+    leaves = pairs({"W": huge}, {"W": huge})
+    leaves[0].p = huge
     program = make_optimizer("SGD")._recipe.programs("float32", "float32")["update"]
     with pytest.raises(ValueError, match=r"params\['W'\] and its like have more elements than one launch can take"):
-        cuda._fill(cuda._Table(program, 0, 1), [leaf], [2**31 * 1024], 1024)
+        cuda._fill(cuda._Table(program, 0, 1), leaves, [2**31 * 1024], 1024)
 
 
 # --- sanitizers

@@ -47,6 +47,8 @@ from helpers import (
 import xpoptim as xo
 from xpoptim.engines import cuda, driver
 from xpoptim.fusion import cuda as text
+from xpoptim.leaves import pairs
+from xpoptim.step import Step, check
 
 WHY_NOT = missing()
 pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
@@ -380,20 +382,20 @@ def test_parameters_that_share_memory(gpu: GPU) -> None:
 
 
 def test_arrays_that_change_are_seen(gpu: GPU) -> None:
-    """A parameter or slot elsewhere, and a gradient of another dtype or layout, in the step after."""
+    """A slot or parameter elsewhere, a gradient of another dtype or layout, another order: each in its own step."""
     params = trees({"float32": np.dtype(np.float32)}, ((33, 40), (5,)), special=0)
     opt, expected_opt, on_gpu = make_optimizer("Adam"), make_optimizer("Adam"), moved(gpu, params)
     first, second = params
-    for step in range(8):
-        grads = alike(params, seed=step, special=0, dtype=np.dtype(np.float16 if step == 3 else np.float32))
+    for step in range(12):
+        grads = alike(params, seed=step, special=0, dtype=np.dtype(np.float16 if step == 6 else np.float32))
         given = moved(gpu, grads)
         if step == 2:
-            on_gpu[first] = gpu.array(gpu.host(on_gpu[first]))
-        if step == 4:
-            given[first] = gpu.array(np.asfortranarray(grads[first]))
-        if step == 5:
             opt.state["slots"]["m"][second] = gpu.array(gpu.host(opt.state["slots"]["m"][second]), 4)
-        if step == 6:
+        if step == 4:
+            on_gpu[first] = gpu.array(gpu.host(on_gpu[first]))
+        if step == 8:
+            given[first] = gpu.array(np.asfortranarray(grads[first]))
+        if step == 10:
             on_gpu = {key: on_gpu[key] for key in (second, first)}
         opt.update(on_gpu, given)
         expected_opt.update(params, grads)
@@ -405,7 +407,7 @@ def test_arrays_that_change_are_seen(gpu: GPU) -> None:
     on_gpu[second].shape = (5, 1)
     with pytest.raises(ValueError, match="shape"):
         opt.update(on_gpu, given)
-    assert opt.state["step"] == 8
+    assert opt.state["step"] == 12
 
 
 def test_containers(gpu: GPU) -> None:
@@ -543,29 +545,26 @@ def test_schedules_and_changes(gpu: GPU) -> None:
 # --- norms
 
 
+@pytest.mark.parametrize("layout", ["C", "fortran", "permuted"])
 @pytest.mark.parametrize("name", DTYPES)
-def test_norm_has_the_bits_of_the_cpu(name: str, gpu: GPU) -> None:
-    from xpoptim.leaves import pairs
-    from xpoptim.step import Step, check
+def test_norm_has_the_bits_of_the_cpu(name: str, layout: str, gpu: GPU) -> None:
+    """The norm itself, in float64, whose last bits parameters would hide; summed in C order whatever the layout."""
+    lay = LAYOUTS[layout]
+    shapes = ((), (0,), (3,), (4096,), (4097,), (61, 201), (3, 4096), (9, 30, 40))
+    params = trees({name: DTYPES[name]}, shapes, seed=2, special=0)
+
+    def norm(params: Any, grads: Any) -> float:
+        leaves = pairs(params, grads)
+        check(leaves, writing=True)
+        opt = make_optimizer("SGD", clip_norm=1.0, clip_value=40.0)
+        return Step(opt._recipe, leaves, opt._scalars(opt._recipe, 0)).values[-1]
 
     for g_name in REAL_DTYPES if name in REAL_DTYPES else COMPLEX_DTYPES:
-        shapes = ((), (0,), (3,), (4096,), (4097,), (61, 201), (3, 4096))
-        grads = trees({g_name: DTYPES[g_name]}, shapes, seed=3, special=0)
-        params = {key: np.zeros(g.shape, DTYPES[name]) for key, g in grads.items()}
-        norms = []
-        for a, b in ((params, grads), (moved(gpu, params), moved(gpu, grads, askew))):
-            leaves = pairs(a, b)
-            check(leaves, writing=True)
-            opt = make_optimizer("SGD", clip_norm=1.0, clip_value=40.0)
-            norms.append(Step(opt._recipe, leaves, opt._scalars(opt._recipe, 0)).values[-1])
-        assert norms[0] == norms[1] > 0
-
-        follow(
-            gpu,
-            lambda: make_optimizer("SGD", clip_norm=1.0, clip_value=40.0),
-            params,
-            [grads] * 2,
-        )
+        grads = alike(params, seed=3, special=0, dtype=DTYPES[g_name])
+        on_gpu = moved(gpu, params, lambda gpu, p, _: gpu.array(lay(p)))
+        given = moved(gpu, grads, lambda gpu, g, i: gpu.array(lay(g), i % 3 * g.itemsize))
+        assert norm(on_gpu, given) == norm(params, grads) > 0
+        follow(gpu, lambda: make_optimizer("SGD", clip_norm=1.0, clip_value=40.0), params, [grads] * 2)
 
 
 def test_a_step_with_a_norm_that_is_not_finite_is_skipped(gpu: GPU) -> None:
@@ -643,6 +642,25 @@ def test_capture_of_many_tensors(options: dict[str, Any], gpu: GPU) -> None:
     """The table lies in device memory, which ordinary steps and replays write in turn."""
     params = {f"{i}": np.full(3 * (i % 9 == 0), i / 100, np.float32) for i in range(700)}
     capture_and_replay(gpu, lambda: xo.Adam(lr=lambda step: 0.1 / (step + 1), capturable=True, **options), params)
+
+
+def test_an_ordinary_step_between_a_capture_and_its_first_replay(gpu: GPU) -> None:
+    """Both with gradients that are new to the table in device memory."""
+    params = {f"{i}": np.full(3 * (i % 9 == 0), i / 100, np.float32) for i in range(700)}
+    opt, expected_opt, on_gpu = (*(xo.Adam(capturable=True) for _ in range(2)), moved(gpu, params))
+    first, second, third = (alike(params, seed=step, special=0) for step in range(3))
+    opt.update(on_gpu, moved(gpu, first))
+    elsewhere = moved(gpu, second)
+    with gpu.capture() as graph:
+        opt.update(on_gpu, elsewhere)
+    opt.update(on_gpu, elsewhere)
+    for key, g in third.items():
+        gpu.fill(elsewhere[key], g)
+    opt.prepare_replay()
+    graph.launch()
+    for grads in (first, second, third):
+        expected_opt.update(params, grads)
+    assert_same(gpu, opt, on_gpu, expected_opt, params)
 
 
 def test_capturable_is_the_same_without_a_capture(gpu: GPU) -> None:

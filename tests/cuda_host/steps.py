@@ -166,7 +166,7 @@ def capture_and_replay(
         expected_opt.update(expected, grads)
 
     ordinary(elsewhere=True)
-    ordinary(elsewhere=True)
+    ordinary(elsewhere=False)
     gpu.take()
     before = frozen_on(gpu, on_gpu, opt.state)
     with gpu.capture() as graph:

@@ -5,7 +5,7 @@ What is done so that the comparison is fair:
 * Contenders take turns, a block each, in an order that moves on by one each round, so that slow drifts of the
   machine meet all of them. A ratio is taken within each round; the median of the rounds' ratios is reported.
 * A block begins with a pause, in which threads that spin after the block before (those of torch's OpenMP do) go to
-  sleep, and with two steps that are not counted, so that each contender starts with its own data and threads warm.
+  sleep, and with steps that are not counted, until each contender's data, memory and threads are warm.
   No setting of torch's is changed: a spinning pool is fastest for torch itself.
 * Every step gets gradients in newly allocated arrays, as after backpropagation, for all in the same way (`peers`).
   To make them is not timed, nor is to hang them on torch's parameters.
@@ -36,8 +36,8 @@ from typing import Any
 import peers
 
 PAUSE = 0.05  # seconds; the OpenMP of torch spins for some milliseconds
-UNCOUNTED = 2  # steps at the start of a block
-BLOCKS = {peers.SIZES[0]: (40, 15), peers.SIZES[1]: (30, 8), peers.SIZES[2]: (30, 10), peers.SIZES[3]: (15, 3)}
+# For each size: rounds, steps of a block that are not counted, steps that are.
+BLOCKS = dict(zip(peers.SIZES, [(30, 10, 20), (20, 5, 10), (20, 10, 20), (12, 2, 4)], strict=True))
 FRESH_PROCESSES = 15
 DEFAULT = [name for name in peers.CONTENDERS if name != "reference"]  # which is made to be right, not to be fast
 
@@ -46,19 +46,19 @@ DEFAULT = [name for name in peers.CONTENDERS if name != "reference"]  # which is
 # Steps
 
 
-def block(contender: Any, gradients: list[peers.Arrays], steps: int) -> list[float]:
-    """The times of so many steps in milliseconds."""
+def block(contender: Any, gradients: list[peers.Arrays], uncounted: int, counted: int) -> list[float]:
+    """The times of the counted steps in milliseconds."""
     time.sleep(PAUSE)
     times = []
-    for k in range(UNCOUNTED + steps):
+    for k in range(uncounted + counted):
         contender.hand_over(gradients[k % len(gradients)])
         start = time.perf_counter()
         contender.step()
         times.append((time.perf_counter() - start) * 1e3)
-    return times[UNCOUNTED:]
+    return times[uncounted:]
 
 
-def compare(size: tuple[int, int], names: list[str], rounds: int, steps: int) -> dict[str, dict[str, float]]:
+def compare(size: tuple[int, int], names: list[str], rounds: int, *steps: int) -> dict[str, dict[str, float]]:
     """Median and minimum of each contender's step, and the median over the rounds of its ratio to xpoptim's."""
     for name in names:
         peers.check(name, size)
@@ -71,7 +71,7 @@ def compare(size: tuple[int, int], names: list[str], rounds: int, steps: int) ->
         for k in range(rounds):
             turn = k % len(names)
             for name in names[turn:] + names[:turn]:
-                times[name].append(block(contenders[name], gradients, steps))
+                times[name].append(block(contenders[name], gradients, *steps))
     finally:
         gc.enable()
     own = [median(one) for one in times["xpoptim"]]

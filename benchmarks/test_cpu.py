@@ -1,7 +1,7 @@
 """One step on the CPU: ``pytest benchmarks`` (it needs ``pip install '.[bench]'``; with torch installed, torch too).
 
-Every step gets gradients in arrays just allocated. Each contender's first steps are checked before it is timed. For ratios
-take ``python benchmarks/compare.py``, where the contenders take turns.
+Every step gets gradients in arrays just allocated. Each contender's first steps are checked before it is timed. For
+ratios take ``python benchmarks/compare.py``, where the contenders take turns.
 """
 
 from __future__ import annotations

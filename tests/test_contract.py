@@ -2062,3 +2062,58 @@ def test_many_steps_do_not_grow() -> None:
     finally:
         tracemalloc.stop()
     assert grown < 20_000
+
+
+# --- what a user may get wrong without noticing
+
+
+def test_no_gradients_at_all_is_an_error(engine: str) -> None:
+    """A backward pass that forgot its return must not look like training."""
+    opt, params = xo.SGD(), {"net": {"W": np.ones(2)}, "b": np.ones(1)}
+    with refused(opt, params, error=TypeError, names="grads None"):
+        opt.update(params, None)
+    with refused(opt, params, error=TypeError, names="net None"):
+        opt.update(params, {"net": None, "b": np.ones(1)})
+    with refused(opt, params["b"], error=TypeError, names="None"):
+        opt.update([params["b"]], None)
+
+
+def test_a_read_only_slot_is_an_error(engine: str) -> None:
+    opt, params = xo.Momentum(), {"W": np.ones(2)}
+    opt.update(params, {"W": np.ones(2)})
+    opt.state["slots"]["v"]["W"].flags.writeable = False
+    with refused(opt, params, error=ValueError, names="W read-only"):
+        opt.update(params, {"W": np.ones(2)})
+
+
+def test_a_parameter_that_overlaps_itself(engine: str) -> None:
+    opt, room = xo.SGD(), np.ones(1)
+    params = {"W": np.lib.stride_tricks.as_strided(room, (4,), (0,))}
+    with refused(opt, error=ValueError, names="W share"):
+        opt.update(params, {"W": np.ones(4)})
+    assert room[0] == 1
+
+
+def test_a_masked_array_is_an_error(engine: str) -> None:
+    opt = xo.SGD()
+    with refused(opt, error=TypeError, names="W masked"):
+        opt.update({"W": np.ma.masked_array(np.ones(2), [True, False])}, {"W": np.ones(2)})
+
+
+def test_byte_swapped_slots_become_native() -> None:
+    opt, params = xo.Momentum(), {"W": np.ones(2)}
+    opt.update(params, {"W": np.ones(2)})
+    state = opt.state_dict()
+    state["slots"]["v"]["W"] = state["slots"]["v"]["W"].astype(">f8")
+    new = xo.Momentum()
+    new.load_state_dict(state)
+    new.update(params, {"W": np.ones(2)})
+    assert new.state["slots"]["v"]["W"].dtype.isnative
+    assert new.explain(params, {"W": np.ones(2)})[0].engine == "fused"
+
+
+def test_a_hyperparameter_cannot_be_deleted() -> None:
+    opt = xo.SGD(lr=0.5)
+    with pytest.raises(AttributeError, match="lr"):
+        del opt.lr
+    assert opt.lr == 0.5

@@ -387,7 +387,8 @@ def test_arrays_that_change_are_seen(gpu: GPU) -> None:
     opt, expected_opt, on_gpu = make_optimizer("Adam"), make_optimizer("Adam"), moved(gpu, params)
     first, second = params
     for step in range(12):
-        grads = alike(params, seed=step, special=0, dtype=np.dtype(np.float16 if step == 6 else np.float32))
+        dtype = {6: "float16", 7: "bfloat16"}.get(step, "float32")
+        grads = alike(params, seed=step, special=0, dtype=DTYPES[dtype])
         given = moved(gpu, grads)
         if step == 2:
             opt.state["slots"]["m"][second] = gpu.array(gpu.host(opt.state["slots"]["m"][second]), 4)

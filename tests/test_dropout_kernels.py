@@ -249,12 +249,15 @@ class TestSameBits:
 
     @pytest.mark.parametrize("grain", [1, 2, 3, 1000])
     def test_tasks_of_any_size(self, dtype, grain, monkeypatch):
+        """Each block is done by one task and once, also where that is in place."""
         monkeypatch.setattr(blocks, "_WORTH_THREADS", 0)
         monkeypatch.setattr(blocks, "_GRAIN", grain)
         with threads(2):
             for size in SIZES:
                 x = values((size,), dtype, seed=size)
-                assert_engines_agree(lambda x=x: xo.dropout(x, 0.3, seed=1, stream=2))
+                expected = assert_engines_agree(lambda x=x: xo.Dropout(0.3, seed=1, inverted=True).forward(x))
+                xo.Dropout(0.3, seed=1, inverted=True).forward(x, out=x)
+                assert_same_bits(x, expected)
 
     @pytest.mark.parametrize("inverted", [False, True])
     def test_special_values(self, dtype, inverted):

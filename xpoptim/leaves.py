@@ -80,14 +80,14 @@ def _walk(params: Any, grads: Any, path: tuple[str, ...], home: Any, index: Any)
     elif isinstance(params, list | tuple):
         _same_length(params, grads, path)
         for i, value in enumerate(params):
-            gradient = grads if grads is None or grads is ABSENT else grads[i]
+            gradient = grads if grads is ABSENT else grads[i]
             yield from _walk(value, gradient, (*path, str(i)), params, i)
     else:
         yield Leaf(".".join(path) or _LONE, params, home, index, g=grads)
 
 
 def _gradient_of(grads: Any, key: Any, params: Any, path: tuple[str, ...]) -> Any:
-    if grads is None or grads is ABSENT:
+    if grads is ABSENT:
         return grads
     if not isinstance(grads, dict):
         raise TypeError(
@@ -103,7 +103,7 @@ def _gradient_of(grads: Any, key: Any, params: Any, path: tuple[str, ...]) -> An
 
 
 def _same_length(params: Any, grads: Any, path: tuple[str, ...]) -> None:
-    if grads is None or grads is ABSENT:
+    if grads is ABSENT:
         return
     if not isinstance(grads, list | tuple):
         raise TypeError(
@@ -123,6 +123,8 @@ def where(tree: str, path: tuple[str, ...]) -> str:
 
 
 def _kind(x: Any) -> str:
+    if x is None:
+        return "None (which stands for the gradient of one array only)"
     name = type(x).__name__
     return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
@@ -223,6 +225,8 @@ def resolve_parameter(leaf: Leaf, *, writing: bool) -> None:
         raise TypeError(
             f"{name} is {_kind(given)}: a parameter is an array of an Array API namespace, a NumPy scalar or a float"
         )
+    if isinstance(given, np.ma.MaskedArray):
+        raise TypeError(f"{name} is a masked array, whose mask an update would not heed: pass its .data")
     leaf.space, leaf.dtype = space, dtype_name(given)
     if leaf.dtype not in REAL_DTYPES and leaf.dtype not in COMPLEX_DTYPES:
         _bad_dtype(name, leaf.dtype, REAL_DTYPES + COMPLEX_DTYPES)

@@ -14,7 +14,7 @@ from .engines import blocks
 from .engines.selection import selected
 from .fusion.dtypes import COMPLEX_DTYPES, REAL_DTYPES, compute_dtype
 from .leaves import device_of, dtype_name, namespace, namespace_name
-from .memory import extent, overlap
+from .memory import extent, overlap, overlaps_itself
 from .random import on_gpu
 
 # Elements that the reference handles at once, so that temporaries stay in the cache whatever the size of x. On a GPU
@@ -76,7 +76,7 @@ def _check_out(name: str, x: Any, out: Any, space: str) -> None:
         raise ValueError(f"out is on {device_of(out)} but {name} is on {device_of(x)}: they must be on one device")
     if isinstance(out, np.ndarray) and not out.flags.writeable:
         raise ValueError("out is read-only: give an array that can be written, or none")
-    if _overlaps_itself(out):
+    if overlaps_itself(out):
         raise ValueError("out has elements that share their memory (as after broadcasting): give a copy")
 
 
@@ -200,18 +200,3 @@ def _apart(x: Any, out: Any) -> bool:
     """Whether two arrays surely share no memory."""
     a, b = extent(x), extent(out)
     return a is not None and b is not None and not overlap(a, b)
-
-
-def _overlaps_itself(x: Any) -> bool:
-    """True unless the strides nest, as those of every slice, transpose or reshape of an ordinary array do."""
-    if hasattr(x, "stride"):  # torch counts strides in elements
-        strides, reach = x.stride(), 1
-    else:
-        strides, reach = getattr(x, "strides", None), getattr(x, "itemsize", 1)
-    if strides is None or 0 in x.shape:
-        return False
-    for stride, n in sorted((abs(s), n) for s, n in zip(strides, x.shape, strict=True) if n > 1):
-        if stride < reach:
-            return True
-        reach += (n - 1) * stride
-    return False

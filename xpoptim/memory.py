@@ -72,6 +72,21 @@ def overlap(a: np.ndarray, b: np.ndarray) -> bool:
         return True
 
 
+def overlaps_itself(x: Any) -> bool:
+    """True unless the strides nest, as those of every slice, transpose or reshape of an ordinary array do."""
+    if hasattr(x, "stride"):  # torch counts strides in elements
+        strides, reach = x.stride(), 1
+    else:
+        strides, reach = getattr(x, "strides", None), getattr(x, "itemsize", 1)
+    if strides is None or 0 in x.shape:
+        return False
+    for stride, n in sorted((abs(s), n) for s, n in zip(strides, x.shape, strict=True) if n > 1):
+        if stride < reach:
+            return True
+        reach += (n - 1) * stride
+    return False
+
+
 def bounds(a: np.ndarray) -> tuple[int, int]:
     return np.lib.array_utils.byte_bounds(a)
 

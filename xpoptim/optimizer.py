@@ -217,6 +217,9 @@ class Optimizer:
         object.__setattr__(self, name, value)
         object.__setattr__(self, "_cached_recipe", None)
 
+    def __delattr__(self, name: str) -> None:
+        raise AttributeError(f"{type(self).__name__}.{name} cannot be deleted; assign another value")
+
     @property
     def state(self) -> State:
         """``{"step": int, "slots": {name: {key: array}}}``: the arrays themselves, not copies.

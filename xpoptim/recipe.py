@@ -109,7 +109,8 @@ class Recipe:
         except TraceError:
             raise
         except Exception as error:
-            raise TraceError(f"{self.name} could not be traced: {type(error).__name__}: {error}") from error
+            what = "could not be traced" if self.fused else "raised an error"
+            raise TraceError(f"{self.name} {what}: {type(error).__name__}: {error}") from error
         return self._checked(result, arrays[0])
 
     def _checked(self, result: Any, p: Value) -> dict[str, Value]:

@@ -118,7 +118,11 @@ def _fitting(slot: Any, leaf: Leaf, name: str) -> Any:
     if space == leaf.space:
         if space != "numpy" and device_of(slot) != device_of(leaf.p):
             raise ValueError(f"{place} is on {device_of(slot)} but the parameter is on {device_of(leaf.p)}")
-        return slot
+        return _native(slot, place) if space == "numpy" else slot
+    if space == "cupy" and leaf.space == "numpy":
+        from .engines import driver
+
+        return driver.to_host(slot)
     if space != "numpy":
         raise ValueError(
             f"{place} is a {space} array but the parameter is a {leaf.space} array: "
@@ -127,6 +131,13 @@ def _fitting(slot: Any, leaf: Leaf, name: str) -> Any:
     return namespace(leaf.p).asarray(
         np.array(slot), dtype=getattr(namespace(leaf.p), dtype_name(slot)), device=device_of(leaf.p)
     )
+
+
+def _native(slot: Any, place: str) -> Any:
+    """A NumPy slot that kernels can write: one read from a file may have its bytes in the other order."""
+    if not slot.flags.writeable:
+        raise ValueError(f"{place} is read-only: put a writable array into the state")
+    return slot if slot.dtype.isnative else slot.astype(slot.dtype.newbyteorder("="))
 
 
 def plain_state(name: str, slots: tuple[str, ...], state: Any) -> State:

@@ -11,7 +11,7 @@ from .engines.ready import Ready, ready
 from .engines.selection import selected
 from .fusion.norm import add_in_order
 from .leaves import Leaf, replaced, resolve_gradient, resolve_parameter
-from .memory import Written, copied, extent, overlapping_pair
+from .memory import Written, copied, extent, overlapping_pair, overlaps_itself
 from .recipe import Recipe
 
 
@@ -32,6 +32,11 @@ def check_memory(leaves: list[Leaf], known: Any) -> Any:
     if key == known:
         return known
     _refuse_identical(leaves)
+    for leaf in leaves:
+        if leaf.mutable and overlaps_itself(leaf.p):
+            raise ValueError(
+                f"{leaf.named('params')} has elements that share their memory (strides {leaf.p.strides}): pass a copy"
+            )
     pair = overlapping_pair(written)
     if pair:
         raise ValueError(

@@ -318,7 +318,8 @@ template <class T> struct alignas(16) Pack {{
 
 
 def _row(buffers: tuple[Buffer, ...], written: set[int]) -> str:
-    pointers = [f"    {'' if i in written else 'const '}{_TYPE[_real(b)]}* {name_of(b)};" for i, b in enumerate(buffers)]
+    const = ["" if i in written else "const " for i in range(len(buffers))]
+    pointers = [f"    {c}{_TYPE[_real(b)]}* {name_of(b)};" for c, b in zip(const, buffers, strict=True)]
     tail = ["    long long length;", "    unsigned first;    // the number of its first chunk"]
     return "\n".join(["struct Row {", *pointers, *tail, "    unsigned scalars;  // where its scalars begin", "};", ""])
 

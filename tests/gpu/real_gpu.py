@@ -1,0 +1,170 @@
+"""A real GPU behind the interface that the emulated one has, so that both run the same tests."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from collections.abc import Iterator
+from importlib.util import find_spec
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+from cuda_host.steps import GPU, Graph
+
+from xpoptim.engines import cuda, driver, nvrtc
+
+
+def why_not() -> str:
+    """What keeps these tests from running here, or an empty string."""
+    if find_spec("cupy") is None:
+        return "needs a GPU, and CuPy (pip install 'xpoptim[cuda13]')"
+    import cupy  # after ml_dtypes, which `cuda_host.steps` has imported: so it knows bfloat16
+
+    if not cupy.cuda.is_available():
+        return "needs a GPU: CuPy finds no NVIDIA GPU, or no driver for it"
+    try:
+        nvrtc.version()
+    except ImportError as error:
+        return str(error)
+    return ""
+
+
+WHY_NOT = why_not()
+needs_gpu = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT or "there is one")
+
+
+class CapturedGraph(Graph):
+    def __init__(self, stream: Any) -> None:
+        self.names: list[str] = []
+        self.made: Any = None
+        self._stream = stream
+
+    def launch(self) -> None:
+        self.made.launch(self._stream)
+
+
+class _Named:
+    """A kernel of CuPy's that knows its name."""
+
+    def __init__(self, name: str, function: Any) -> None:
+        self.name = name
+        self._function = function
+
+    def __call__(self, *arguments: Any) -> None:
+        self._function(*arguments)
+
+
+class RealGPU(GPU):
+    """The GPUs of this machine; everything runs on one stream of the first, which is not the default one."""
+
+    def __init__(self, stream: Any) -> None:
+        super().__init__()
+        self.stream = stream
+        self._graph: CapturedGraph | None = None
+
+    @property
+    def device(self) -> int:
+        import cupy
+
+        return cupy.cuda.runtime.getDevice()
+
+    def array(self, values: Any, offset: int = 0, device: int = 0) -> Any:
+        import cupy
+
+        if device >= cupy.cuda.runtime.getDeviceCount():
+            pytest.skip("needs two GPUs")
+        values = np.asarray(values)
+        low, high = np.lib.array_utils.byte_bounds(values) if values.size else (values.ctypes.data, values.ctypes.data)
+        with cupy.cuda.Device(device):
+            room = cupy.cuda.alloc(high - low + offset) + offset
+            if high > low:
+                cupy.ndarray((high - low,), np.uint8, room).set(
+                    np.frombuffer(ctypes.string_at(low, high - low), np.uint8)
+                )
+        return cupy.ndarray(values.shape, values.dtype, room + (values.ctypes.data - low), values.strides)
+
+    def to_numpy(self, array: Any) -> np.ndarray:
+        return self._mirror(array)[0].copy(order="C")
+
+    def fill(self, array: Any, values: Any) -> None:
+        if not array.size:
+            return
+        view, raw, memory = self._mirror(array)
+        view[...] = values
+        memory.set(raw)
+
+    def _mirror(self, array: Any) -> tuple[np.ndarray, np.ndarray, Any]:
+        """The array as NumPy has it, in a copy of its memory; that copy; and its memory on the GPU, gaps and all."""
+        import cupy
+
+        if not array.size:
+            empty = np.empty(array.shape, array.dtype)
+            return empty, empty, None
+        ends = [(n - 1) * s for n, s in zip(array.shape, array.strides, strict=True)]
+        before, size = sum(min(end, 0) for end in ends), sum(abs(end) for end in ends) + array.itemsize
+        with cupy.cuda.Device(array.data.device_id):
+            memory = cupy.ndarray((size,), np.uint8, array.data + before)
+            raw = memory.get()
+        return np.ndarray(array.shape, array.dtype, raw, -before, array.strides), raw, memory
+
+    @contextlib.contextmanager
+    def quiet(self) -> Iterator[None]:
+        import cupy
+
+        class NoMemory(cupy.cuda.MemoryHook):
+            name = "no memory"
+
+            def malloc_preprocess(self, **about: Any) -> None:
+                raise AssertionError(f"{about['size']} bytes of device memory are allocated")
+
+        def refuse(*_: Any) -> Any:
+            raise AssertionError("a copy between host and GPU in a step that may not wait")
+
+        with mock.patch.multiple(driver, upload=refuse, to_host=refuse, zeros=refuse), NoMemory():
+            yield
+
+    @contextlib.contextmanager
+    def capture(self) -> Iterator[Graph]:
+        self._graph = graph = CapturedGraph(self.stream)
+        self.stream.begin_capture()
+        try:
+            with self.quiet():
+                yield graph
+        finally:
+            graph.made = self.stream.end_capture()
+            self._graph = None
+
+    def record(self, name: str) -> None:
+        if self._graph is not None:
+            self._graph.names.append(name)
+        else:
+            self.append(name)
+            self.devices.append(self.device)
+
+
+@contextlib.contextmanager
+def real_gpu() -> Iterator[RealGPU]:
+    """The GPU, with a record of what the engine launches."""
+    import cupy
+
+    gpu = RealGPU(cupy.cuda.Stream(non_blocking=True))
+    load, launch, copy = driver.load, driver.launch, driver.copy
+
+    def loaded(image: bytes, arch: str) -> Any:
+        module = load(image, arch)
+        return mock.Mock(get_function=lambda name: _Named(name, module.get_function(name)))
+
+    def launched(function: Any, grid: int, block: int, arguments: tuple[Any, ...]) -> None:
+        gpu.record(function.name)
+        launch(function, grid, block, arguments)
+
+    def copied(to: Any, source: Any) -> None:
+        gpu.record("copy")
+        copy(to, source)
+
+    recorded = mock.patch.multiple(driver, load=loaded, launch=launched, copy=copied)
+    with recorded, mock.patch.object(cuda, "_functions", {}), gpu.stream:
+        yield gpu
+        gpu.stream.synchronize()

@@ -1,0 +1,16 @@
+"""The tests of the CUDA engine, which run emulated elsewhere, on a GPU: the same bits as NumPy's."""
+
+from collections.abc import Iterator
+
+import pytest
+from cuda_host.steps import GPU
+from real_gpu import needs_gpu, real_gpu
+from test_cuda_engine import *  # noqa: F403  # each test once more, with the fixture below
+
+pytestmark = needs_gpu
+
+
+@pytest.fixture
+def gpu() -> Iterator[GPU]:
+    with real_gpu() as real:
+        yield real

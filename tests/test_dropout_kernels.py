@@ -530,6 +530,15 @@ class TestMemory:
             assert traced(lambda: drop.backward(x).real.max() and None)[1] < self.FEW
 
 
+def test_one_array_and_two_have_code_of_their_own():
+    """That for two is told that they do not overlap, so it must not be run in place."""
+    kernel, x = blocks.Kernel(_dropout.kernel("float32").program), np.ones(9, np.float32)
+    kernel.run(x, x[:], [1.0], [0] * 23)
+    assert set(kernel._on_cpu) == {True}
+    kernel.run(x, x.copy(), [1.0], [0] * 23)
+    assert set(kernel._on_cpu) == {True, False}
+
+
 # --- Statistics -----------------------------------------------------------------------------------------
 
 
@@ -781,10 +790,13 @@ class TestCompiledForGPUs:
             assert set(re.findall(rf"{access}\.global\.[bfu](\d\d)", ptx)) == {str(bits)}
 
     def test_words_are_drawn_once_for_four_elements(self, name, kernel):
-        """Ten rounds, two products each, of which a constant first one may be folded."""
+        """Ten rounds, two products each, of which the stream's in the first is the same for all blocks."""
         ptx = nvrtc.ptx(kernel(name)._cuda, "compute_90")
         blocks_each = cuda_blocks.blocks_of_a_thread(kernel(name).program)
         products = len(re.findall(r"mul\.hi\.u32|mul\.wide\.u32", ptx)) - 1  # one finds the thread's place
-        assert products <= 20 * blocks_each if kernel is _dropout.kernel else products == 0
+        if kernel is _dropout.kernel:
+            assert 19 * blocks_each <= products <= 20 * blocks_each
+        else:
+            assert products == 0
         for loose in ("fma.", ".ftz", ".approx", ".full", "local"):
             assert loose not in ptx

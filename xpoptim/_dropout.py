@@ -229,10 +229,14 @@ class Dropout:
     complex64 or complex128, or a Python or NumPy scalar. A complex element is kept or dropped as a whole.
     Between forward and backward the layer holds a few numbers, never an array.
 
+    For NumPy and CuPy arrays one kernel draws the mask and applies it in a single pass (``broadcast_axes`` takes
+    a second one), without a temporary if ``out`` and the array lie in C order; the bits are those of the plain
+    Array API operations that serve all other namespaces. See :func:`xpoptim.engine`.
+
     Source: N. Srivastava et al., "Dropout: a simple way to prevent neural networks from overfitting", JMLR
     15 (2014). The default, which scales at test time, is the paper's and that of K. Saito's *Deep Learning
-    from Scratch*; torch and Keras use the inverted form. Where dropout is a
-    product with the mask, as in the book and in torch, a dropped inf or NaN becomes NaN; here it becomes 0.
+    from Scratch*; torch and Keras use the inverted form. Where dropout is a product with the mask, as in the
+    book and in torch, a dropped inf or NaN becomes NaN; here it becomes 0.
 
     Examples
     --------

@@ -76,6 +76,8 @@ ABSENT = object()  # in place of `grads` where there are none, as in `init`
 def _walk(params: Any, grads: Any, path: tuple[str, ...], home: Any, index: Any) -> Iterator[Leaf]:
     if isinstance(params, dict):
         for key, value in params.items():
+            if isinstance(value, dict | list | tuple) and not value:
+                continue  # a layer without parameters needs no gradients
             yield from _walk(value, _gradient_of(grads, key, params, path), (*path, str(key)), params, key)
     elif isinstance(params, list | tuple):
         _same_length(params, grads, path)
@@ -143,19 +145,46 @@ def rebuilt(params: Any, values: Iterator[Any]) -> Any:
     return next(values)
 
 
-def flat_leaves(tree: Any, names: list[Any] | None, count: int) -> list[Any] | None:
-    """The leaves of a flat dict with the keys ``names``, or, without names, of a list; None if it is anything else."""
-    if names is None:
-        # A copy: whoever changes the list meanwhile must not free arrays that a kernel works on.
-        return list(tree) if type(tree) is list and len(tree) == count else None
-    if type(tree) is not dict:
-        return None
-    if len(tree) == count and list(tree) == names:
-        return list(tree.values())
-    try:
-        return [tree[name] for name in names]
-    except KeyError:
-        return None
+# How a container is nested: None for a leaf; for a list or tuple the skeletons of its entries; for a dict its keys with
+# theirs, and with None instead if all are leaves.
+Skeleton = tuple[Any, ...] | None
+
+
+def skeleton(tree: Any) -> Skeleton:
+    """How a container is nested."""
+    if isinstance(tree, dict):
+        entries = [skeleton(value) for value in tree.values()]
+        return ("dict", list(tree), None if all(entry is None for entry in entries) else entries)
+    if isinstance(tree, list | tuple):
+        entries = [skeleton(value) for value in tree]
+        return ("list", len(tree), None if all(entry is None for entry in entries) else entries)
+    return None
+
+
+def gather(tree: Any, shape: Skeleton, leaves: list[Any], *, exact: bool = False) -> bool:
+    """Append the leaves of a container nested in this way; False if it is not. ``exact``: it has no further keys."""
+    if shape is None:
+        leaves.append(tree)
+        return True
+    kind, keys, entries = shape
+    if kind == "dict":
+        if not isinstance(tree, dict) or (exact and len(tree) != len(keys)):
+            return False
+        if len(tree) == len(keys) and list(tree) == keys:
+            values = list(tree.values())
+        else:
+            try:
+                values = [tree[key] for key in keys]
+            except KeyError:
+                return False
+    elif not isinstance(tree, list | tuple) or len(tree) != keys:
+        return False
+    else:
+        values = list(tree)
+    if entries is None:
+        leaves += values
+        return True
+    return all(gather(value, entry, leaves, exact=exact) for value, entry in zip(values, entries, strict=True))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

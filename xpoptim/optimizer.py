@@ -18,9 +18,12 @@ from .state import (
     Signature,
     State,
     check_same,
+    check_same_parameters,
     check_signature,
+    checked_step,
     copied_state,
     fresh_slots,
+    loaded_signature,
     plain_state,
     slots_for,
 )
@@ -46,7 +49,8 @@ class Optimizer:
     function of the parameter. The rule is one pure, elementwise function. It gets ``xp`` (the operations it may use),
     the parameter, the gradient and the slots, and by keyword the hyperparameters it names, and ``t``, the 1-based
     count of the step, if it names that; it returns the new parameter and the new slots. Fields annotated ``bool``
-    are static: a rule may branch on them, and on nothing else (``xp.where`` chooses between values).
+    are static: a rule may branch on them, and on nothing else (``xp.where`` chooses between values). What a rule
+    takes from outside, a global or a closure, is read once, when it is traced.
 
     The options of every optimizer, keyword-only:
 
@@ -124,11 +128,25 @@ class Optimizer:
             for name, kind in inspect.get_annotations(cls).items()
             if "ClassVar" not in str(kind) and name not in cls._options and not name.startswith("_")
         }
+        cls._check_names(own)
         cls._fields = (*cls._fields, *(name for name in own if name not in cls._fields))
         cls._static = cls._static | {name for name, kind in own.items() if kind is bool or kind == "bool"}
         cls.__signature__ = cls._make_signature()
         if "rule" in cls.__dict__:
             cls._takes = cls._inspect_rule()
+
+    @classmethod
+    def _check_names(cls, fields: Mapping[str, Any]) -> None:
+        """Names of hyperparameters and slots must not meet each other or ours."""
+        taken = {"xp", "p", "g", "t", "norm", *(n for n in dir(Optimizer) if n not in Optimizer._options)}
+        bad = sorted(name for name in fields if name in taken)
+        slots = cls._slot_names()
+        bad += [s for s in slots if not s.isidentifier() or s in {"xp", "p", "g", "t", *fields, *cls._fields}]
+        bad += sorted({s for s in slots if slots.count(s) > 1})
+        if bad:
+            raise TypeError(
+                f"{cls.__name__}: {bad[0]!r} cannot name a hyperparameter or slot (it is taken): choose another"
+            )
 
     @classmethod
     def _make_signature(cls) -> inspect.Signature:
@@ -167,6 +185,12 @@ class Optimizer:
                 f"{name} takes ({given}), but by the slots of {cls.__name__} it must take ({wanted}), "
                 f"then scalars among {', '.join(sorted(scalars))}"
             )
+        expected = ("p", "g", *cls._slot_names())
+        for given, name_here in zip(arrays[1:], expected, strict=True):
+            if given != name_here and given in expected:  # any other name is the author's own
+                raise TraceError(
+                    f"{name} takes {given!r} where {name_here!r} comes: the order is {', '.join(expected)}"
+                )
         for keyword in keywords:
             if keyword not in scalars:
                 known = ", ".join(sorted(scalars))
@@ -194,8 +218,6 @@ class Optimizer:
         self._forget()
         for name, value in bound.arguments.items():
             setattr(self, name, value)
-        if self.decoupled and "lr" not in self._fields:
-            raise TypeError(f"{cls.__name__}: decoupled weight decay needs a hyperparameter named lr")
 
     def _forget(self) -> None:
         """Drop what is derived and can be made again."""
@@ -212,7 +234,9 @@ class Optimizer:
                 raise AttributeError(f"{cls.__name__}.state cannot be assigned: use load_state_dict")
             known = ", ".join((*cls._fields, *cls._options))
             raise AttributeError(f"{cls.__name__} has no hyperparameter {name!r}; it has {known}")
-        optional = getattr(cls, name, 0.0) is None
+        optional = name in cls._options and getattr(Optimizer, name) is None
+        if name == "decoupled" and value and "lr" not in cls._fields:
+            raise TypeError(f"{cls.__name__}: decoupled weight decay needs a hyperparameter named lr")
         value = hyperparameters.checked(cls.__name__, name, value, static=name in cls._static, optional=optional)
         object.__setattr__(self, name, value)
         object.__setattr__(self, "_cached_recipe", None)
@@ -255,7 +279,7 @@ class Optimizer:
 
     def __repr__(self) -> str:
         parts = [f"{name}={getattr(self, name)!r}" for name in self._fields]
-        parts += [f"{n}={getattr(self, n)!r}" for n in self._options if getattr(self, n) != getattr(Optimizer, n)]
+        parts += [f"{n}={getattr(self, n)!r}" for n in self._options if getattr(self, n) != getattr(type(self), n)]
         return f"{type(self).__name__}({', '.join(parts)})"
 
     def __getstate__(self) -> dict[str, Any]:
@@ -339,7 +363,7 @@ class Optimizer:
         for leaf in leaves:
             if replaced(leaf) and leaf.g is not None:
                 leaf.home[leaf.index] = as_given(leaf)
-        object.__setattr__(self, "_ready", step.ready())
+        object.__setattr__(self, "_ready", step.ready(params))
 
     def init(self, params: Any) -> State:
         """A fresh state for ``params``, which it leaves alone.
@@ -386,18 +410,18 @@ class Optimizer:
             _ = self.state  # the host counts again
             step = self._step(recipe, leaves, state, writing)
         state["slots"] = slots
+        state["step"] += 1  # before the kernels run: Ctrl-C takes effect after them
         step.run()
         for k, name in enumerate(recipe.slots):
             for leaf in step.others:
                 slots[name][leaf.key] = leaf.slots[k]
-        state["step"] += 1
         if writing:
             object.__setattr__(self, "_known", known)
             object.__setattr__(self, "_counter", step.counter)
         return step
 
     def _step(self, recipe: Recipe, leaves: list[Leaf], state: State, writing: bool) -> Step:
-        values = self._scalars(recipe, state["step"])
+        values = self._scalars(recipe, checked_step(state))
         if not writing:
             return Step(recipe, leaves, values)
         count, counter = state["step"], self._counter
@@ -412,14 +436,18 @@ class Optimizer:
         columns = ready.columns(params, grads, state["slots"])
         if columns is None:
             return False
-        values = self._scalars(recipe, state["step"])
+        # The schedules come between: the arrays are held by now, and what schedules do to them is seen by the watch.
+        values = self._scalars(recipe, checked_step(state))
+        if not ready.unchanged(columns):
+            return False
         if ready.on_gpu:
             return self._again_on_gpu(ready, values)
         if recipe.reductions:
             sums = ready.plan.squares(values, ready.odd(columns))
             values.append(finite_norm(ready.gradient_names, dict(zip(ready.keys, sums.tolist(), strict=True))))
-        ready.plan.run(values)
+        # Counted first: Ctrl-C during the kernel takes effect after it, and must find the step counted.
         state["step"] += 1
+        ready.plan.run(values)
         return True
 
     def _again_on_gpu(self, ready: Ready, values: list[float]) -> bool:
@@ -490,7 +518,8 @@ class Optimizer:
         step = self.state["step"]
         name = type(self).__name__
         values = {n: hyperparameters.at(name, n, getattr(self, n), step) for n in (*self._fields, *self._options)}
-        return {"class": name, "hyperparameters": values, **copied_state(self._state)}
+        parameters = {key: [list(shape), dtype] for key, (_, shape, dtype, _) in (self._known or {}).items()}
+        return {"class": name, "hyperparameters": values, "parameters": parameters, **copied_state(self._state)}
 
     def load_state_dict(self, d: Mapping[str, Any]) -> None:
         """Restore a state made by `state_dict`; the hyperparameters stay as they are.
@@ -513,8 +542,12 @@ class Optimizer:
         if d.get("class") != name:
             raise ValueError(f"this state dict is of {d.get('class')!r}, not of {name!r}: load it into that optimizer")
         state = copied_state(plain_state(type(self).__name__, self._slot_names(), d))
+        known = loaded_signature(name, d.get("parameters", {}))
         if self._state["slots"]:
             check_same(self._state["slots"], state["slots"])
+        if self._known and known:
+            check_same_parameters(self._known, known)
+        object.__setattr__(self, "_known", self._known or known)
         object.__setattr__(self, "_state", state)
         object.__setattr__(self, "_ready", None)
         if self._counter is not None:

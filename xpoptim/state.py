@@ -21,7 +21,39 @@ Signature = dict[str, tuple[Any, ...]]  # key: namespace, shape, dtype, device
 
 def signature(leaves: list[Leaf]) -> Signature:
     """What the first step fixes for each leaf."""
-    return {leaf.key: (leaf.space, tuple(leaf.p.shape), leaf.dtype, device_of(leaf.p)) for leaf in leaves}
+    return {leaf.key: (leaf.space, tuple(leaf.p.shape), leaf.dtype, str(device_of(leaf.p))) for leaf in leaves}
+
+
+def loaded_signature(owner: str, parameters: Any) -> Signature | None:
+    """The signature that a state dict tells of: shapes and dtypes, but neither namespace nor device."""
+    try:
+        return {key: (None, tuple(shape), str(dtype), None) for key, (shape, dtype) in parameters.items()} or None
+    except (AttributeError, TypeError, ValueError):
+        raise ValueError(f"{owner}: 'parameters' in this state dict is not what state_dict records") from None
+
+
+def check_same_parameters(old: Signature, new: Signature) -> None:
+    """The parameters of a state dict must be those of the optimizer."""
+    if set(old) != set(new):
+        raise ValueError(f"the state dict is of parameters {_listed(new)}, but this optimizer is of {_listed(old)}")
+    for key in old:
+        if old[key][1:3] != new[key][1:3]:
+            raise ValueError(
+                f"{key!r} has shape {new[key][1]} and dtype {new[key][2]} in the state dict, "
+                f"but shape {old[key][1]} and dtype {old[key][2]} in this optimizer"
+            )
+
+
+def _listed(keys: Any) -> str:
+    return ", ".join(sorted(map(str, keys))) or "none"
+
+
+def checked_step(state: State) -> int:
+    """The state's step count, which anyone can have written to."""
+    step = state["step"]
+    if type(step) is not int or step < 0:
+        raise ValueError(f"the state's step is {step!r}: it must be an int of at least 0")
+    return step
 
 
 def check_signature(owner: str, known: Signature | None, leaves: list[Leaf]) -> Signature:
@@ -30,17 +62,23 @@ def check_signature(owner: str, known: Signature | None, leaves: list[Leaf]) -> 
     if known is None or now == known:
         return now
     _check_keys(owner, set(now), set(known))
-    leaf = next(leaf for leaf in leaves if now[leaf.key] != known[leaf.key])
+    leaf = next((leaf for leaf in leaves if not _alike(now[leaf.key], known[leaf.key])), None)
+    if leaf is None:
+        return now
     what = ("namespace", "shape", "dtype", "device")
     changes = [
         f"{kind} {old}, now {new}"
         for kind, old, new in zip(what, known[leaf.key], now[leaf.key], strict=True)
-        if old != new
+        if old not in (None, new)
     ]
     raise ValueError(
         f"{leaf.named('params')} had {' and '.join(changes)}: these are fixed by the first step; "
         f"make a new {owner} for other parameters"
     )
+
+
+def _alike(now: tuple[Any, ...], known: tuple[Any, ...]) -> bool:
+    return all(old in (None, new) for old, new in zip(known, now, strict=True))
 
 
 def fresh_slots(starts: Slots, leaves: list[Leaf]) -> dict[str, dict[str, Any]]:
@@ -51,6 +89,10 @@ def fresh_slots(starts: Slots, leaves: list[Leaf]) -> dict[str, dict[str, Any]]:
 def slots_for(owner: str, starts: Slots, leaves: list[Leaf], state: State) -> dict[str, dict[str, Any]]:
     """The slots of the state, checked against the leaves and handed to them; fresh ones before the first step."""
     slots = state["slots"]
+    if not isinstance(slots, dict) or any(not isinstance(slots.get(name, {}), dict) for name in starts):
+        raise ValueError(
+            f"the state's slots are {slots!r}: they must be {{name: {{key: array}}}}, as {owner} made them"
+        )
     if not slots and starts and state["step"] == 0:
         slots = fresh_slots(starts, leaves)
     _check_known(owner, leaves, slots, tuple(starts))
@@ -71,10 +113,13 @@ def _started(start: Any, leaf: Leaf, name: str) -> Any:
     zeros = (
         np.zeros_like(leaf.p, dtype=dtype, order="K") if leaf.space == "numpy" else xp.zeros_like(leaf.p, dtype=dtype)
     )
-    if isinstance(value, int | float) and value == 0:
+    if isinstance(value, int | float) and str(float(value)) == "0.0":
         return zeros
     if not hasattr(value, "shape"):
-        return xp.full_like(zeros, value)
+        if not isinstance(value, int | float | complex):
+            raise TypeError(f"slot {name!r} of {leaf.named('params')} starts as {value!r}: give a number or an array")
+        with np.errstate(over="ignore"):
+            return xp.full_like(zeros, value)
     if tuple(value.shape) not in ((), tuple(leaf.p.shape)):
         raise ValueError(
             f"slot {name!r} of {leaf.named('params')} starts with shape {tuple(value.shape)}, "
@@ -148,11 +193,18 @@ def plain_state(name: str, slots: tuple[str, ...], state: Any) -> State:
     if isinstance(step, bool) or not isinstance(step, int | np.integer) or step < 0:
         raise ValueError(f"{name}: the state's step is {step!r}: it must be an int of at least 0")
     if not isinstance(state["slots"], Mapping) or (set(state["slots"]) != set(slots) and (state["slots"] or step)):
-        found = ", ".join(state["slots"]) if isinstance(state["slots"], Mapping) else type(state["slots"]).__name__
-        raise ValueError(
-            f"the state has slots {found or 'none'}, but {name} has {', '.join(slots) or 'none'}: "
-            "it is of another optimizer"
+        found = (
+            ", ".join(map(str, state["slots"]))
+            if isinstance(state["slots"], Mapping)
+            else type(state["slots"]).__name__
         )
+        raise ValueError(f"the state has slots {found}, but {name} has {_listed(slots)}: it is of another optimizer")
+    if any(not isinstance(arrays, Mapping) for arrays in state["slots"].values()):
+        raise ValueError(f"{name}: each slot of a state is a dict {{key: array}}")
+    for n, arrays in state["slots"].items():
+        bad = next((key for key, a in arrays.items() if not isinstance(key, str) or not hasattr(a, "shape")), None)
+        if bad is not None:
+            raise ValueError(f"{name}: slot {n!r} has {arrays[bad]!r} for key {bad!r}: it must map str to arrays")
     if any(set(state["slots"][n]) != set(state["slots"][slots[0]]) for n in state["slots"]):
         raise ValueError(f"{name}: the slots of this state have different keys")
     return {"step": int(step), "slots": {n: dict(state["slots"][n]) for n in slots if n in state["slots"]}}

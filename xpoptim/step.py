@@ -33,9 +33,12 @@ def check_memory(leaves: list[Leaf], known: Any) -> Any:
         return known
     _refuse_identical(leaves)
     for leaf in leaves:
+        place = extent(leaf.p) if leaf.mutable else None
+        if place is not None and not place.flags.writeable:
+            raise ValueError(f"{leaf.named('params')} is read-only: pass a writable copy, or use apply")
         if leaf.mutable and overlaps_itself(leaf.p):
             raise ValueError(
-                f"{leaf.named('params')} has elements that share their memory (strides {leaf.p.strides}): pass a copy"
+                f"{leaf.named('params')} has elements that share their memory (as after expanding): pass a copy"
             )
     pair = overlapping_pair(written)
     if pair:
@@ -140,15 +143,15 @@ class Step:
         for i, leaf in enumerate(self.others):
             reference.write(leaf, self._computed(leaf) if self._results is None else self._results[i])
 
-    def ready(self) -> Ready | None:
+    def ready(self, params: Any) -> Ready | None:
         """What the next step can start from, if one engine served every leaf as it stands; else None."""
         if self.staged or self.others:
             return None
         if len(self.cpu) == len(self.leaves):
-            return ready(self.recipe, self.cpu_plan, self.leaves)
+            return ready(self.recipe, self.cpu_plan, self.leaves, params)
         # Without a counter a norm over GPUs takes the host, which only a full step does.
         if len(self.gpu) == len(self.leaves) and (self.counter is not None or not self.recipe.reductions):
-            return ready(self.recipe, self.gpu_plan, self.leaves)
+            return ready(self.recipe, self.gpu_plan, self.leaves, params)
         return None
 
 

@@ -69,7 +69,9 @@ class Kernel:
 
             with self._lock:
                 if in_place not in self._on_cpu:
-                    module = Module(llvm_blocks.assembly(self.program, in_place=in_place))
+                    module = Module(
+                        llvm_blocks.assembly(self.program, in_place=in_place), subnormals=("prologue", "run")
+                    )
                     pointer, word = ctypes.c_void_p, ctypes.c_int64
                     run = ctypes.CFUNCTYPE(None, pointer, pointer, word, pointer, pointer, pointer, word)
                     self._on_cpu[in_place] = run(module.address("run")), module  # the module holds the code

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import math
-import threading
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -27,9 +27,6 @@ from . import threads
 _WORTH_THREADS = 1 << 18
 _GRAIN = 1 << 16  # elements of a task, a multiple of CHUNK
 
-_lock = threading.Lock()
-_kernels: dict[tuple[Recipe, str, str, str], Kernel] = {}
-
 
 class Kernel:
     """A program as machine code: ``prologue`` rounds the scalars, ``run`` walks a table of rows."""
@@ -37,7 +34,7 @@ class Kernel:
     def __init__(self, program: Program) -> None:
         from .jit import Module
 
-        self._module = Module(assembly(program))
+        self._module = Module(assembly(program), subnormals=("prologue", "run"))
         pointer, word = ctypes.c_void_p, ctypes.c_int64
         self.prologue = ctypes.CFUNCTYPE(None, pointer, pointer)(self._module.address("prologue"))
         # ctypes lets go of the interpreter's lock during a call, so that several threads compute.
@@ -46,18 +43,15 @@ class Kernel:
         self.scalars = len(program.scalars)
 
 
+@lru_cache(maxsize=256)  # not for ever: a class that is defined again and again, as in a notebook, is another recipe
+def _kernel(recipe: Recipe, dtype: str, g_dtype: str, kind: str) -> Kernel:
+    return Kernel(recipe.programs(dtype, g_dtype)[kind])
+
+
 def kernels(recipe: Recipe, dtype: str, g_dtype: str) -> dict[str, Kernel]:
     """The compiled passes of a step for one pair of dtypes; compiled once for each recipe."""
-    found: dict[str, Kernel] = {}
-    with _lock:
-        missing = [kind for kind in _passes(recipe) if (recipe, dtype, g_dtype, kind) not in _kernels]
-        if missing:
-            traced = recipe.programs(dtype, g_dtype)
-            for kind in missing:
-                _kernels[recipe, dtype, g_dtype, kind] = Kernel(traced[kind])
-        for kind in _passes(recipe):
-            found[kind] = _kernels[recipe, dtype, g_dtype, kind]
-    return found
+    with threads.compiling:
+        return {kind: _kernel(recipe, dtype, g_dtype, kind) for kind in _passes(recipe)}
 
 
 def _passes(recipe: Recipe) -> tuple[str, ...]:
@@ -106,6 +100,7 @@ class Plan:
     """
 
     def __init__(self, recipe: Recipe, leaves: list[Leaf]) -> None:
+        threads.get_num_threads()  # a bad XPOPTIM_NUM_THREADS is an error now, before anything is written
         self._count = len(leaves)
         columns = 2 + len(recipe.slots)
         self._table = np.zeros((len(leaves), HEADER + columns), np.int64)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 from functools import cache
 from typing import Any
 
 import llvmlite.binding as llvm
 
-_lock = threading.Lock()
+from ..fusion.llvm import with_subnormals
+from .threads import compiling
 
 
 @cache
@@ -25,12 +25,16 @@ def _machine() -> Any:
 
 
 class Module:
-    """Compiled assembly; it stays loaded for as long as this object lives."""
+    """Compiled assembly; it stays loaded for as long as this object lives.
 
-    def __init__(self, assembly: str, *, vectorize: bool = True) -> None:
-        with _lock:
+    The functions named in ``subnormals`` compute with them, whatever the mode of the thread.
+    """
+
+    def __init__(self, assembly: str, *, subnormals: tuple[str, ...] = (), vectorize: bool = True) -> None:
+        with compiling:
             machine = _machine()
-            module = llvm.parse_assembly(assembly)
+            text = with_subnormals(assembly, subnormals) if flushes_subnormals() else assembly
+            module = llvm.parse_assembly(text)
             module.triple = _target().triple
             module.data_layout = str(machine.target_data)
             module.verify()
@@ -44,6 +48,11 @@ class Module:
 
     def address(self, name: str) -> int:
         return self._engine.get_function_address(name)
+
+
+def flushes_subnormals() -> bool:
+    """Whether a thread of this CPU has a mode, known to us, in which it flushes subnormals."""
+    return llvm.get_default_triple().startswith(("x86_64", "i686"))
 
 
 def half_precision() -> bool:

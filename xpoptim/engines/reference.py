@@ -31,7 +31,7 @@ class Eager:
         return value
 
     def scalar_op(self, op: Op, args: list[Any]) -> Any:
-        return op.array(np, *args)
+        return op.array(np, *args)[()]  # np.where makes an array of a scalar
 
     def array_op(self, op: Op, args: list[Any]) -> Any:
         return op.array(self.xp, *args)

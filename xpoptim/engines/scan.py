@@ -18,6 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from .threads import compiling
+
 # Offsets in the array object, behind the 16 bytes that every object of a standard CPython build begins with.
 _DATA, _NDIM, _DIMS, _STRIDES, _DESCR, _FLAGS = 16, 24, 32, 40, 56, 64
 _WRITEABLE = 0x0400
@@ -239,8 +241,14 @@ def available() -> bool:
     return _layout_as_expected()
 
 
-@cache
 def _function() -> tuple[Any, Any]:
+    """The compiled function and the module it lives in."""
+    with compiling:
+        return _compiled()
+
+
+@cache
+def _compiled() -> tuple[Any, Any]:
     import llvmlite.binding as llvm
 
     from .jit import Module
@@ -280,7 +288,7 @@ class Scanner:
         self._context = np.array([len(columns), leaves, *addresses, id(None), id(np.ndarray)], np.int64)
         self._kept = (records, pairs, starts, ends)  # the context holds their addresses
         self._at = self._context.ctypes.data
-        self._scan = _function()[0]
+        self._scan, self._module = _function()
 
     def _record(self, array: Any, cell: int, is_written: bool) -> list[int]:
         axes = np.array([*array.shape, *array.strides], np.int64)

@@ -12,7 +12,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from concurrent.futures import ThreadPoolExecutor
+    from concurrent.futures import Future, ThreadPoolExecutor
+
+# Held while anything is compiled, and across a fork, so that a child never begins in the middle of a compilation.
+compiling = threading.RLock()
 
 _lock = threading.Lock()
 _pool: ThreadPoolExecutor | None = None
@@ -85,21 +88,33 @@ def _after_fork() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
+    os.register_at_fork(before=compiling.acquire, after_in_parent=compiling.release, after_in_child=compiling.release)
 
 
 def run(task: Callable[[], object], threads: int) -> None:
     """Call ``task`` in this thread and in up to ``threads - 1`` others at once; return when all calls have."""
-    global _pool
-    with _lock:
-        if _pool is None:
-            from concurrent.futures import ThreadPoolExecutor  # it takes milliseconds to import
+    helpers = _submitted(task, threads - 1)
+    try:
+        task()
+    finally:
+        for helper in helpers:
+            if not helper.cancel():
+                helper.result()
 
-            _pool = ThreadPoolExecutor(max(1, get_num_threads() - 1), thread_name_prefix="xpoptim")
+
+def _submitted(task: Callable[[], object], count: int) -> list[Future[object]]:
+    """The task, handed to helpers: to none where no thread can be started, as when the interpreter shuts down."""
+    global _pool
+    helpers: list[Future[object]] = []
+    with _lock:
         try:
-            helpers = [_pool.submit(task) for _ in range(threads - 1)]
-        except RuntimeError:  # the interpreter is shutting down: no new threads, so do it alone
-            helpers = []
-    task()
-    for helper in helpers:
-        if not helper.cancel():
-            helper.result()
+            if _pool is None:
+                from concurrent.futures import ThreadPoolExecutor  # it takes milliseconds to import
+
+                _pool = ThreadPoolExecutor(max(1, get_num_threads() - 1), thread_name_prefix="xpoptim")
+            helpers.extend(_pool.submit(task) for _ in range(count))
+        except RuntimeError:  # what was queued without a thread to take it goes with its pool
+            pool, _pool = _pool, None
+            if pool is not None:
+                pool.shutdown(wait=False, cancel_futures=True)
+    return helpers

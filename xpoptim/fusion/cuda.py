@@ -63,13 +63,13 @@ __device__ __forceinline__ unsigned short float_to_bfloat(float x) {
 
 _INTEGER_POWER = """\
 __device__ double integer_power(double x, double exponent) {  // repeated squaring, low bit first
-    const long long n = (long long)exponent;
+    const double size = fabs(exponent);
     double result = 1.0;
-    for (unsigned long long left = n < 0 ? -n : n; left; left >>= 1) {
+    for (unsigned long long left = size < 0x1p62 ? (unsigned long long)size : 1ull << 62; left; left >>= 1) {
         if (left & 1) result = result * x;
         x = x * x;
     }
-    return n < 0 ? 1.0 / result : result;
+    return exponent < 0.0 ? 1.0 / result : result;
 }
 """
 
@@ -247,8 +247,11 @@ def _operand(program: Program, number: int, compute: str) -> str:
         node = program.nodes[node.args[0]]
     if node.op == "const" and node.type is Type.UINT32:
         return f"{node.value}u"
+    if node.op == "const" and isinstance(node.value, bool):
+        return str(node.value).lower()
     if node.op == "const":
-        return str(node.value).lower() if isinstance(node.value, bool) else literal(float(node.value or 0.0), compute)
+        assert isinstance(node.value, float | int)
+        return literal(float(node.value), compute)
     if node.op == "spread":
         scalar = f"s[{program.scalars.index(node.args[0])}]"
         return f"({scalar} != 0)" if node.type is Type.BOOL else scalar

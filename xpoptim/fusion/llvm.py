@@ -25,10 +25,11 @@ _BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 _INTEGER_POWER = """\
 define internal double @integer_power(double %x, double %exponent) {
 entry:
-  %n = fptosi double %exponent to i64
-  %negative = icmp slt i64 %n, 0
-  %minus = sub i64 0, %n
-  %start = select i1 %negative, i64 %minus, i64 %n
+  %negative = fcmp olt double %exponent, 0.0
+  %size = call double @llvm.fabs.f64(double %exponent)
+  %small = fcmp olt double %size, 0x43D0000000000000 ; 2**62, and what is beyond counts as that
+  %bounded = select i1 %small, double %size, double 0x43D0000000000000
+  %start = fptosi double %bounded to i64
   br label %test
 test:
   %left = phi i64 [ %start, %entry ], [ %shifted, %body ]
@@ -110,9 +111,33 @@ declare i64 @llvm.smax.i64(i64, i64)
 """
 
 
+# The CPU's mode of a thread: x86 may have been told to flush subnormals, by torch for one. Ours never flushes.
+KEEP_SUBNORMALS = """\
+  %mode = alloca i32
+  %ieee = alloca i32
+  call void @llvm.x86.sse.stmxcsr(ptr %mode)
+  %was = load i32, ptr %mode
+  %clear = and i32 %was, -32833 ; without flush-to-zero (0x8000) and denormals-are-zero (0x40)
+  store i32 %clear, ptr %ieee
+  call void @llvm.x86.sse.ldmxcsr(ptr %ieee)
+"""
+RESTORE_MODE = "  call void @llvm.x86.sse.ldmxcsr(ptr %mode)\n"
+MODE_DECLARATIONS = "declare void @llvm.x86.sse.stmxcsr(ptr)\ndeclare void @llvm.x86.sse.ldmxcsr(ptr)\n"
+
+
+def with_subnormals(text: str, names: tuple[str, ...]) -> str:
+    """The functions ``names`` of a module, with the thread's mode set on entry to keep subnormals, and set back."""
+    for name in names:
+        start = text.index(f"define void @{name}(")
+        end = text.index("\n}", start)
+        body = text[start:end].replace("entry:\n", "entry:\n" + KEEP_SUBNORMALS, 1)
+        text = text[:start] + body.replace("  ret void", RESTORE_MODE + "  ret void") + text[end:]
+    return text + MODE_DECLARATIONS
+
+
 def assembly(program: Program) -> str:
     """The whole module: ``prologue(inputs, scalars)`` and ``run(table, rows, scalars, cursor, grain, total, sums)``."""
-    parts = [f"; {program.name}, {program.compute}", _INTEGER_POWER, _prologue(program)]
+    parts = [f"; {program.name!r}, {program.compute}", _INTEGER_POWER, _prologue(program)]
     parts.append(_chunk(program) if program.reduces is not None else _elements(program))
     parts.append(_driver(program))
     parts.extend(
@@ -154,8 +179,11 @@ def _operand(program: Program, number: int, kind: str) -> str:
         return f"%s{program.scalars.index(node.args[0])}"
     if node.op == "const" and node.type is Type.UINT32:
         return str(node.value)
+    if node.op == "const" and isinstance(node.value, bool):
+        return str(node.value).lower()
     if node.op == "const":
-        return str(node.value).lower() if isinstance(node.value, bool) else literal(float(node.value or 0.0), kind)
+        assert isinstance(node.value, float | int)
+        return literal(float(node.value), kind)
     return f"%v{number}"
 
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+import numpy as np
+
 
 class Type(Enum):
     """What a value of a rule is: a float of the compute dtype, a truth value, or a 32-bit word."""
@@ -47,15 +49,18 @@ def _infix(function: Callable[[Any, Any], Any]) -> Callable[..., Any]:
 
 
 def integer_power(x: Any, n: Any) -> Any:
-    """``x**n`` for an integer ``n`` by repeated squaring, low bit first: the order every engine follows."""
-    exponent = abs(int(n))
-    result, base = type(x)(1.0), x
+    """``x**n`` for an integer ``n`` by repeated squaring, low bit first: the order every engine follows.
+
+    Exponents beyond 2**62 count as that.
+    """
+    exponent = int(abs(n)) if abs(n) < 2.0**62 else 2**62
+    result, base = np.float64(1.0), np.float64(x)
     while exponent:
         if exponent & 1:
             result = result * base
         base = base * base
         exponent >>= 1
-    return type(x)(1.0) / result if n < 0 else result
+    return np.float64(1.0) / result if n < 0 else result
 
 
 _R, _RR, _BB = (REAL,), (REAL, REAL), (BOOL, BOOL)

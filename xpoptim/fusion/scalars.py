@@ -18,5 +18,5 @@ def evaluate(program: Program, inputs: list[float]) -> list[float]:
             elif node.op == "const":
                 known[number] = np.bool_(node.value) if isinstance(node.value, bool) else np.float64(node.value)
             else:
-                known[number] = TABLE[node.op].array(np, *(known[i] for i in node.args))
+                known[number] = TABLE[node.op].array(np, *(known[i] for i in node.args))[()]
     return [float(known[number]) for number in program.scalars]

@@ -39,7 +39,9 @@ PAUSE = 0.05  # seconds; the OpenMP of torch spins for some milliseconds
 # For each size: rounds, steps of a block that are not counted, steps that are.
 BLOCKS = dict(zip(peers.SIZES, [(30, 10, 20), (20, 5, 10), (20, 10, 20), (12, 2, 4)], strict=True))
 FRESH_PROCESSES = 15
-DEFAULT = [name for name in peers.CONTENDERS if name != "reference"]  # which is made to be right, not to be fast
+# The reference engine is made to be right, not to be fast; and JAX, once loaded, scatters everyone's small arrays over
+# the heap, so that it is compared in a process of its own: --only optax.
+DEFAULT = [name for name in peers.CONTENDERS if name not in ("reference", "optax")]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

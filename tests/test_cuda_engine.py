@@ -9,6 +9,7 @@ import pickle
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 from cuda_host.emulated import emulated_gpu
 from cuda_host.host_kernel import missing
-from cuda_host.rules import Everything, Names
+from cuda_host.rules import Assign, Everything, Names
 from cuda_host.steps import (
     GPU,
     Tree,
@@ -191,7 +192,24 @@ def test_special_values_of_all_buffers(gpu: GPU) -> None:
         params[name] = np.repeat(values, len(values))
         grads[name] = np.tile(values, len(values))
     for rule in ("Nesterov", "Adam"):
-        follow(gpu, lambda rule=rule: make_optimizer(rule, clip_value=3.0), params, [grads] * 3)
+        follow(gpu, partial(make_optimizer, rule, clip_value=3.0), params, [grads] * 3)
+
+
+@pytest.mark.parametrize("to", REAL_DTYPES)
+def test_conversions(to: str, gpu: GPU) -> None:
+    """Every 16-bit number, what lies halfway between two, their neighbours, and random bits, into each dtype."""
+    every = np.arange(1 << 16, dtype=np.uint16)
+    words = np.random.default_rng(0).integers(0, 2**64, 50_000, np.uint64)
+    sources = [every.view(np.float16), every.view(DTYPES["bfloat16"])]
+    for dtype in (DTYPES["float32"], DTYPES["float64"]):
+        with np.errstate(all="ignore"):
+            values = np.concatenate([a.astype(dtype) for a in sources[:2]])
+            finite = np.unique(values[np.isfinite(values)])
+            edges = np.concatenate([values, finite[1:] / 2 + finite[:-1] / 2])
+            near = [np.nextafter(edges, dtype.type(end)) for end in (-np.inf, np.inf)]
+        sources.append(np.concatenate([edges, *near, words.view(dtype)]))
+    for source in sources:
+        follow(gpu, Assign, {"W": np.zeros(source.shape, DTYPES[to])}, [{"W": source}])
 
 
 def test_long_chunks(gpu: GPU) -> None:
@@ -423,8 +441,9 @@ def test_containers(gpu: GPU) -> None:
         opt, expected_opt = make_optimizer("Adam"), make_optimizer("Adam")
         params, expected = make(gpu.array), make(np.copy)
         for step in range(3):
-            opt.update(params, make(lambda v, step=step: gpu.array(v * step)))
-            expected_opt.update(expected, make(lambda v, step=step: v * step))
+            scale = step * 0.5
+            opt.update(params, make(lambda v: gpu.array(v * scale)))  # noqa: B023
+            expected_opt.update(expected, make(lambda v: v * scale))  # noqa: B023
         flat, expected_flat = ([*_arrays(tree)] for tree in (params, expected))
         assert_same_tree([gpu.host(a) for a in flat], expected_flat)
         assert_same_tree(gpu.host(opt.state), expected_opt.state)
@@ -499,7 +518,7 @@ def test_second_device_alone(gpu: GPU) -> None:
     for options in ({}, {"clip_norm": 0.5}, {"capturable": True}):
         follow(
             gpu,
-            lambda options=options: make_optimizer("Adam", **options),
+            partial(make_optimizer, "Adam", **options),
             params,
             [alike(params, seed=step, special=0) for step in range(3)],
             place=lambda gpu, p, _: gpu.array(p, device=1),
@@ -526,7 +545,7 @@ def test_schedules_and_changes(gpu: GPU) -> None:
     params = trees({"float32": np.dtype(np.float32)}, special=0)
     gradients = [alike(params, seed=step, special=0) for step in range(9)]
 
-    def change(opt: xo.Optimizer, step: int) -> None:
+    def change(opt: Any, step: int) -> None:
         if step == 2:
             opt.lr = 0.03
         if step == 3:
@@ -746,11 +765,13 @@ def test_options_that_change_after_a_capture(gpu: GPU) -> None:
     opt.prepare_replay()
     graph.launch()
     assert opt.state["step"] == 2
+    counted = weakref.ref(opt._counter.state)
     opt.capturable = False
     opt.update(params, grads)
     with pytest.raises(RuntimeError, match="prepare_replay"):
         opt.prepare_replay()
-    graph.launch()  # its memory is still there
+    assert counted() is not None  # what the graph writes to must stay
+    graph.launch()
     assert opt.state["step"] == 3
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numbers
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any, NoReturn
 
 import numpy as np
@@ -216,14 +216,25 @@ def namespace_name(x: Any) -> str | None:
     return compat.array_namespace(x).__name__
 
 
+@cache
+def _numpy_namespace() -> Any:
+    import array_api_compat.numpy as xp
+
+    return xp
+
+
 def namespace(x: Any) -> Any:
     """The Array API namespace of an array."""
+    if isinstance(x, np.ndarray):
+        return _numpy_namespace()
     import array_api_compat as compat
 
     return compat.array_namespace(x)
 
 
 def device_of(x: Any) -> Any:
+    if isinstance(x, np.ndarray):
+        return "cpu"
     import array_api_compat as compat
 
     return compat.device(x)

@@ -140,7 +140,7 @@ class Optimizer:
         """Names of hyperparameters and slots must not meet each other or ours."""
         taken = {"xp", "p", "g", "t", "norm", *(n for n in dir(Optimizer) if n not in Optimizer._options)}
         bad = sorted(name for name in fields if name in taken)
-        slots = cls._slot_names()
+        slots = () if bad else cls._slot_names()
         bad += [s for s in slots if not s.isidentifier() or s in {"xp", "p", "g", "t", *fields, *cls._fields}]
         bad += sorted({s for s in slots if slots.count(s) > 1})
         if bad:

@@ -39,9 +39,13 @@ class EmulatedGPU(GPU):
 
     def __init__(self) -> None:
         super().__init__()
-        self.device = 0
+        self._current = 0
         self._graph: RecordedGraph | None = None
         self._quiet = False
+
+    @property
+    def device(self) -> int:
+        return self._current
 
     def array(self, values: Any, offset: int = 0, device: int = 0) -> Any:
         return like(values, offset, device)
@@ -79,11 +83,11 @@ class EmulatedGPU(GPU):
 
     @contextlib.contextmanager
     def on(self, device: int) -> Iterator[None]:
-        before, self.device = self.device, device
+        before, self._current = self._current, device
         try:
             yield
         finally:
-            self.device = before
+            self._current = before
 
     def launch(self, function: Any, grid: int, block: int, arguments: tuple[Any, ...]) -> None:
         import cupy
@@ -97,7 +101,7 @@ class EmulatedGPU(GPU):
         taken = tuple(a.copy() if isinstance(a, np.ndarray) else a for a in arguments)
         self._run(function.name, lambda: function((grid,), (block,), taken))
 
-    def copy(self, to: Any, source: Any) -> None:
+    def assign(self, to: Any, source: Any) -> None:
         def run() -> None:
             seen(to)[...] = seen(source)
 
@@ -175,11 +179,11 @@ def emulated_gpu(*, backward: bool = False) -> Iterator[EmulatedGPU]:
         to_host=gpu.to_host,
         capturing=lambda: gpu._graph is not None,
         dense=gpu.dense,
-        copy=gpu.copy,
+        copy=gpu.assign,
         converted=gpu.converted,
     )
     text_as_image = mock.patch.object(nvrtc, "cubin", lambda source, arch, options=(): source.encode())
-    no_functions = mock.patch.object(cuda, "_functions", {})
+    no_functions: Any = mock.patch.object(cuda, "_functions", {})
     makers = mock.patch.multiple(
         array_api_compat.cupy,
         zeros_like=lambda array, dtype=None: gpu.full_like(array, 0, dtype),

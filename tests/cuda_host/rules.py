@@ -1,8 +1,16 @@
 """Rules that are hard on a generator of CUDA text."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import xpoptim as xo
+
+
+class Assign(xo.Optimizer):
+    """The gradient becomes the parameter, untouched: all that happens to it is to be loaded and stored."""
+
+    @staticmethod
+    def rule(xp: Any, p: Any, g: Any) -> Any:
+        return g
 
 
 class Everything(xo.Optimizer):
@@ -29,7 +37,7 @@ class Everything(xo.Optimizer):
         return xp.where(new == new, new, -p), a + xp.where(g < p, 1.0, -0.0), -b * beta**-3 + xp.where(True, g, p)
 
 
-NAMES = ("s", "at", "row", "float", "length", "scalars", "m", "m_", "m_pack", "new_m", "x_m", "größe", "a b", "a-b")
+NAMES = ("s", "row", "float", "length", "scalars", "m", "m_", "m_pack", "new_m", "x_m", "größe", "größe_", "__m")
 
 
 class Names(xo.Optimizer):
@@ -37,16 +45,17 @@ class Names(xo.Optimizer):
 
     lr: float = 0.5
     at: float = 2.0
-    state: float = 3.0
-    größe: float = 0.25
+    words: float = 3.0
+    breite_ß: float = 0.25
     double: float = 1.5
-    slots = dict.fromkeys(NAMES, 0.5)
+    slots: ClassVar = dict.fromkeys(NAMES, 0.5)
 
     @staticmethod
     def rule(
-        xp: Any, p: Any, g: Any, s0: Any, s1: Any, s2: Any, s3: Any, s4: Any, s5: Any, s6: Any, s7: Any, s8: Any,
-        s9: Any, s10: Any, s11: Any, s12: Any, s13: Any, *, lr: Any, at: Any, state: Any, größe: Any, double: Any,
+        xp: Any, p: Any, g: Any, s: Any, row: Any, float: Any, length: Any, scalars: Any, m: Any, m_: Any, m_pack: Any,
+        new_m: Any, x_m: Any, größe: Any, größe_: Any, __m: Any, *, lr: Any, at: Any, words: Any, breite_ß: Any,
+        double: Any,
     ) -> Any:  # fmt: skip
-        slots = (s0, s1, s2, s3, s4, s5, s6, s7, s8, s9, s10, s11, s12, s13)
-        news = [s * größe + number * g for number, s in enumerate(slots)]
-        return p - lr * at * sum(news, g) / (state * double), *news
+        slots = (s, row, float, length, scalars, m, m_, m_pack, new_m, x_m, größe, größe_, __m)
+        news = [slot * breite_ß + number * g for number, slot in enumerate(slots)]
+        return p - lr * at * sum(news, g) / (words * double), *news

@@ -31,6 +31,11 @@ class GPU(list[str]):
         super().__init__()
         self.devices: list[int] = []  # of each launch
 
+    @property
+    def device(self) -> int:
+        """The current one."""
+        raise NotImplementedError
+
     def take(self) -> list[str]:
         """What was launched since the last call."""
         names = list(self)

@@ -10,7 +10,7 @@ from test_cuda_engine import *  # noqa: F403  # each test once more, with the fi
 pytestmark = needs_gpu
 
 
-@pytest.fixture
+@pytest.fixture  # type: ignore[no-redef]
 def gpu() -> Iterator[GPU]:
     with real_gpu() as real:
         yield real

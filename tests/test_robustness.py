@@ -1,0 +1,347 @@
+"""Races, odd names, odd numbers: what careful readers tried against the core, each of which once went wrong."""
+
+from __future__ import annotations
+
+import copy
+import os
+import pickle
+import subprocess
+import sys
+import textwrap
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers import assert_same_bits, refused
+
+import xpoptim as xo
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | environment,
+    )
+
+
+def both(optimizer: Any, g: Any, p: Any = 1.0, steps: int = 3) -> tuple[np.ndarray, np.ndarray]:
+    results = []
+    for engine in ("fused", "reference"):
+        opt, params = optimizer(), {"p": np.full(np.shape(g), p, np.asarray(g).dtype)}
+        with xo.engine(engine):
+            for _ in range(steps):
+                opt.update(params, {"p": g})
+        results.append(params["p"])
+    return results[0], results[1]
+
+
+class MinusZero(xo.Optimizer):
+    @staticmethod
+    def rule(xp, p, g):
+        return xp.where(g > 0, p, -0.0)
+
+
+class ScalarChoice(xo.Optimizer):
+    lr: float = 0.1
+    beta: float = 0.9
+
+    @staticmethod
+    def rule(xp, p, g, *, t, lr, beta):
+        return p - lr * g / (2 - xp.minimum(beta, 0.5) ** t * xp.where(t > 1, 0.5, xp.sign(beta)))
+
+
+class HugePower(xo.Optimizer):
+    beta: float = 0.999999
+
+    @staticmethod
+    def rule(xp, p, g, *, t, beta):
+        big = t * 1000000
+        return p + g * beta ** (big * big * big * big) + beta ** (-big)
+
+
+@pytest.mark.parametrize("optimizer", [MinusZero, ScalarChoice, HugePower])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_scalars_and_constants_on_both_engines(optimizer: type, dtype: Any) -> None:
+    fused, reference = both(optimizer, np.array([1.0, -1.0, 0.0], dtype))
+    assert_same_bits(fused, reference)
+
+
+def test_minus_zero_stays_negative() -> None:
+    fused, _ = both(MinusZero, np.array([-1.0]))
+    assert np.signbit(fused[0])
+
+
+@pytest.mark.parametrize("name", ["norm", "t", "p", "update", "state", "slots", "fused", "rule"])
+def test_taken_names_of_hyperparameters(name: str) -> None:
+    with pytest.raises(TypeError, match=name):
+        type("Bad", (xo.Optimizer,), {"__annotations__": {name: float}, name: 0.5})
+
+
+@pytest.mark.parametrize("slots", [("p",), ("g",), ("m", "m"), ("t",), ("a b",), ("lr",)])
+def test_taken_names_of_slots(slots: tuple[str, ...]) -> None:
+    with pytest.raises(TypeError):
+        type("Bad", (xo.Optimizer,), {"__annotations__": {"lr": float}, "lr": 0.5, "slots": slots})
+
+
+def test_slots_in_another_order_than_declared() -> None:
+    with pytest.raises(TypeError, match="order"):
+
+        class Swapped(xo.Optimizer):
+            slots = ("m", "v")
+
+            @staticmethod
+            def rule(xp, p, g, v, m):
+                return p, v, m
+
+
+def test_names_that_a_code_generator_could_stumble_over() -> None:
+    @staticmethod
+    def rule(xp, p, g, float_, s, *, größe):
+        return p - größe * g, float_ + g, s + g
+
+    namespace = {"__annotations__": {"größe": float}, "größe": 0.5, "slots": ("float_", "s"), "rule": rule}
+    odd = type('Odd"\n; name \\', (xo.Optimizer,), namespace)
+    params = {"p": np.ones(3)}
+    odd().update(params, {"p": np.ones(3)})
+    assert (params["p"] == 0.5).all()
+    odd().source("cuda").encode()
+
+
+def test_none_only_where_it_switches_something_off() -> None:
+    class Mine(xo.Optimizer):
+        lr: float | None = None
+
+        @staticmethod
+        def rule(xp, p, g, *, lr):
+            return p - lr * g
+
+    with pytest.raises(TypeError, match="lr"):
+        Mine()
+
+    class Clipped(xo.SGD):
+        clip_norm = 1.0
+
+    opt = Clipped(clip_norm=None)
+    assert opt.clip_norm is None
+    opt.clip_norm = 2.0
+
+
+def test_decoupled_needs_a_learning_rate_also_later() -> None:
+    opt = MinusZero()
+    with pytest.raises(TypeError, match="lr"):
+        opt.decoupled = True
+
+
+def test_repr_can_be_evaluated() -> None:
+    for opt in (xo.AdamW(weight_decay=0.0), xo.AdamW(), xo.Adam(clip_norm=1.0, maximize=True)):
+        again = eval(repr(opt), vars(xo))
+        assert again.state_dict()["hyperparameters"] == opt.state_dict()["hyperparameters"]
+
+
+@pytest.mark.parametrize("step", [-1, 2.5, float("nan"), True, "x", None])
+def test_a_step_count_that_someone_spoilt(step: Any) -> None:
+    opt, params = xo.Momentum(), {"p": np.ones(2)}
+    for _ in range(2):
+        opt.update(params, {"p": np.ones(2)})
+    before = params["p"].copy()
+    opt.state["step"] = step
+    with pytest.raises(ValueError, match="step"):
+        opt.update(params, {"p": np.ones(2)})
+    assert (params["p"] == before).all()
+
+
+@pytest.mark.parametrize("slots", [None, {"v": None}, {"v": {"p": None}}, {"v": {1: np.ones(2)}}, [], {"v": [1.0]}])
+def test_a_state_dict_that_is_none(slots: Any) -> None:
+    opt = xo.Momentum()
+    opt.update({"p": np.ones(2)}, {"p": np.ones(2)})
+    state = opt.state_dict() | {"slots": slots}
+    before = copy.deepcopy(opt.state)
+    with pytest.raises(ValueError, match=r"slot|state"):
+        opt.load_state_dict(state)
+    assert_same_bits(opt.state["slots"]["v"]["p"], before["slots"]["v"]["p"])
+
+
+def test_a_state_without_slots_still_knows_its_parameters() -> None:
+    opt = xo.SGD()
+    opt.update({"p": np.ones(2)}, {"p": np.ones(2)})
+    new = xo.SGD()
+    new.load_state_dict(opt.state_dict())
+    for params in ({"q": np.ones(2)}, {"p": np.ones(3)}, {"p": np.ones(2, np.float32)}):
+        with refused(new, params, error=ValueError):
+            new.update(params, {key: np.ones_like(value) for key, value in params.items()})
+    new.update({"p": np.ones(2)}, {"p": np.ones(2)})
+    other = xo.SGD()
+    other.update({"p": np.ones(3)}, {"p": np.ones(3)})
+    with pytest.raises(ValueError, match="'p' has shape"):
+        other.load_state_dict(opt.state_dict())
+
+
+def test_slots_may_start_at_minus_zero_or_too_large() -> None:
+    class Starts(xo.Optimizer):
+        slots = {"zero": -0.0, "large": 1e300}  # noqa: RUF012
+
+        @staticmethod
+        def rule(xp, p, g, zero, large):
+            return p, zero, large
+
+    opt = Starts()
+    state = opt.init({"p": np.ones(2, np.float32)})
+    assert np.signbit(state["slots"]["zero"]["p"]).all()
+    assert np.isinf(state["slots"]["large"]["p"]).all()
+
+
+def test_layers_without_parameters() -> None:
+    params = {"relu": {}, "net": [{"W": np.ones(2)}, ()]}
+    xo.SGD(lr=1.0).update(params, {"net": [{"W": np.ones(2)}, ()]})
+    assert (params["net"][0]["W"] == 0).all()
+
+
+def test_control_c_during_the_kernel_finds_the_step_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    from xpoptim.engines.cpu import Plan
+
+    opt, params = xo.Adam(), {"p": np.ones(2)}
+    opt.update(params, {"p": np.ones(2)})
+    run = Plan.run
+
+    def interrupted(self: Any, values: list[float]) -> None:
+        run(self, values)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Plan, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        opt.update(params, {"p": np.ones(2)})
+    assert opt.state["step"] == 2
+
+
+def test_a_bad_number_of_threads_in_the_environment_changes_nothing() -> None:
+    done = run_python(
+        """
+        import numpy as np, xpoptim as xo
+        params = {"a": np.zeros(3, np.float32), "b": np.zeros(300_000)}
+        try:
+            xo.SGD(lr=1.0).update(params, {"a": np.ones(3, np.float32), "b": np.ones(300_000)})
+        except ValueError as error:
+            assert "XPOPTIM_NUM_THREADS" in str(error)
+            print(params["a"].sum(), params["b"].sum())
+        """,
+        XPOPTIM_NUM_THREADS="many",
+    )
+    assert done.stdout == "0.0 0.0\n", done.stderr
+
+
+def test_first_steps_of_many_threads_at_once() -> None:
+    for _ in range(3):
+        done = run_python(
+            """
+            import threading
+            import numpy as np, xpoptim as xo
+            start, results = threading.Barrier(6), []
+            def work():
+                params = {"p": np.ones(100)}
+                opt = xo.Adam()
+                start.wait()
+                for _ in range(20):
+                    opt.update(params, {"p": np.ones(100)})
+                results.append(params["p"].tobytes())
+            threads = [threading.Thread(target=work) for _ in range(6)]
+            [t.start() for t in threads]
+            [t.join() for t in threads]
+            print(len(results), len(set(results)))
+            """
+        )
+        assert done.stdout == "6 1\n", (done.returncode, done.stderr)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_fork_while_another_thread_compiles() -> None:
+    done = run_python(
+        """
+        import os, threading, warnings
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of forks with threads
+        import numpy as np, xpoptim as xo
+        xo.Momentum().update({"p": np.ones(3)}, {"p": np.ones(3)})  # Python's own locks of imports are not ours
+        def compile_many():
+            for wd in range(1, 9):
+                for cls in (xo.Adam, xo.AdaGrad, xo.RMSprop):
+                    cls(clip_value=float(wd), maximize=wd % 2 == 0).update({"p": np.ones(3, "f4")}, {"p": np.ones(3)})
+        thread = threading.Thread(target=compile_many)
+        thread.start()
+        for _ in range(5):
+            pid = os.fork()
+            if pid == 0:
+                params = {"p": np.ones(3)}
+                xo.Nesterov().update(params, {"p": np.ones(3)})
+                os._exit(0 if (params["p"] < 1).all() else 1)
+            assert os.waitpid(pid, 0)[1] == 0
+        thread.join()
+        print("fine")
+        """
+    )
+    assert done.stdout == "fine\n", done.stderr
+
+
+def test_threads_first_started_when_the_interpreter_shuts_down() -> None:
+    done = run_python(
+        """
+        import atexit
+        import numpy as np, xpoptim as xo
+        def late():
+            params = {"p": np.ones(600_000)}
+            xo.SGD(lr=1.0).update(params, {"p": np.ones(600_000)})
+            print(params["p"].sum())
+        atexit.register(late)
+        """
+    )
+    assert done.stdout == "0.0\n", done.stderr
+
+
+def test_subnormals_are_kept_whatever_the_mode_of_a_thread() -> None:
+    pytest.importorskip("torch", reason="torch, which switches the mode, is not installed")
+    done = run_python(
+        """
+        import warnings
+        warnings.simplefilter("ignore")
+        import numpy as np, torch, xpoptim as xo
+        params = {"p": np.zeros(2_000_000, np.float32)}
+        grads = {"p": np.full(2_000_000, 1e-40, np.float32)}
+        want = params["p"] - np.float32(0.5) * grads["p"]
+        torch.set_flush_denormal(True)
+        xo.set_num_threads(2)
+        opt = xo.SGD(lr=0.5)
+        opt.update(params, grads)
+        torch.set_flush_denormal(False)
+        print(np.array_equal(params["p"].view(np.int32), want.view(np.int32)))
+        """
+    )
+    assert done.stdout == "True\n", done.stderr
+
+
+def test_read_only_memory_of_other_libraries() -> None:
+    strict = pytest.importorskip("array_api_strict")
+    frozen = np.ones(2)
+    frozen.flags.writeable = False
+    params = {"a": np.ones(2), "b": strict.asarray(frozen, copy=False)}
+    opt = xo.SGD()
+    with refused(opt, error=ValueError, names="b read-only"):
+        opt.update(params, {"a": np.ones(2), "b": strict.ones(2)})
+    assert (params["a"] == 1).all()
+
+
+def test_expanded_torch_tensors() -> None:
+    torch = pytest.importorskip("torch")
+    opt, params = xo.SGD(), {"a": np.ones(2), "b": torch.ones(1).expand(4)}
+    with refused(opt, error=ValueError, names="b share"):
+        opt.update(params, {"a": np.ones(2), "b": torch.ones(4)})
+    assert (params["a"] == 1).all()
+
+
+def test_an_optimizer_of_jax_arrays_pickles() -> None:
+    jnp = pytest.importorskip("jax.numpy")
+    opt, params = xo.Momentum(), {"p": jnp.ones(2)}
+    opt.update(params, {"p": jnp.ones(2)})
+    for again in (pickle.loads(pickle.dumps(opt)), copy.deepcopy(opt), copy.copy(opt)):
+        again.update(dict(params), {"p": jnp.ones(2)})
+        assert again.state["step"] == 2

@@ -115,7 +115,8 @@ class Optimizer:
     _ready: Ready | None  # what the next step can start from
     _known: Signature | None  # what the first update fixed
     _counter: Any  # an `engines.cuda.Counter`, while a GPU counts the steps
-    _captured: list[Any]  # plans whose memory captured graphs use
+    _captured: Any  # the plan that a captured graph runs
+    _kept: list[Any]  # plans and states whose memory captured graphs use, replayed or not
     _verified: Any  # the parameters' places in memory that are known not to overlap
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -225,7 +226,8 @@ class Optimizer:
         object.__setattr__(self, "_ready", None)
         object.__setattr__(self, "_verified", None)
         object.__setattr__(self, "_counter", None)
-        object.__setattr__(self, "_captured", [])
+        object.__setattr__(self, "_captured", None)
+        object.__setattr__(self, "_kept", [])
 
     def __setattr__(self, name: str, value: Any) -> None:
         cls = type(self)
@@ -399,12 +401,12 @@ class Optimizer:
         """One step over leaves: every check, then every write. Only this method and `_again` change a state."""
         recipe = self._recipe
         check(leaves, writing=writing)
+        _refuse_capture(leaves)
         known = check_signature(type(self).__name__, self._known, leaves) if writing else None
         slots = slots_for(type(self).__name__, self._slot_starts(), leaves, state)
         if writing:
             object.__setattr__(self, "_verified", check_memory(leaves, self._verified))
         copy_overlapping_gradients(leaves)
-        _refuse_capture(leaves)
         step = self._step(recipe, leaves, state, writing)
         if writing and self._counter is not None and step.counter is None:
             _ = self.state  # the host counts again
@@ -465,7 +467,8 @@ class Optimizer:
                 counter.write(self._state["step"])
             ready.plan.run_on_device(values, counter, from_state=capturing)
         if capturing:
-            self._captured.append(ready.plan)
+            object.__setattr__(self, "_captured", ready.plan)
+            self._kept.append(ready.plan)
         else:
             self._state["step"] += 1
             if counter is not None:
@@ -491,7 +494,7 @@ class Optimizer:
                     opt.prepare_replay()
                     graph.launch(stream)
         """
-        counter, plan = self._counter, self._captured[-1] if self._captured else None
+        counter, plan = self._counter, self._captured
         if counter is None or plan is None:
             raise RuntimeError(
                 "prepare_replay: no update of this optimizer was captured (make it with capturable=True, "
@@ -548,6 +551,9 @@ class Optimizer:
         if self._known and known:
             check_same_parameters(self._known, known)
         object.__setattr__(self, "_known", self._known or known)
+        if self._captured is not None:  # a graph writes to the old slots: it must not be replayed, nor its memory freed
+            self._kept.append(self._state)
+            object.__setattr__(self, "_captured", None)
         object.__setattr__(self, "_state", state)
         object.__setattr__(self, "_ready", None)
         if self._counter is not None:

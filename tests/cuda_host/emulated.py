@@ -101,7 +101,7 @@ class EmulatedGPU(GPU):
         taken = tuple(a.copy() if isinstance(a, np.ndarray) else a for a in arguments)
         self._run(function.name, lambda: function((grid,), (block,), taken))
 
-    def assign(self, to: Any, source: Any) -> None:
+    def copy(self, to: Any, source: Any) -> None:  # type: ignore[override]
         def run() -> None:
             seen(to)[...] = seen(source)
 
@@ -179,7 +179,7 @@ def emulated_gpu(*, backward: bool = False) -> Iterator[EmulatedGPU]:
         to_host=gpu.to_host,
         capturing=lambda: gpu._graph is not None,
         dense=gpu.dense,
-        copy=gpu.assign,
+        copy=gpu.copy,
         converted=gpu.converted,
     )
     text_as_image = mock.patch.object(nvrtc, "cubin", lambda source, arch, options=(): source.encode())

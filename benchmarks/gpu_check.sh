@@ -36,13 +36,15 @@ run() {
 }
 
 # Third-party packages' warnings are no errors here: their versions are the machine's.
-run tests 190 "$python" -m pytest -q -rfE -W default -p no:cacheprovider tests/gpu
+run tests 170 "$python" -m pytest -q -rfE -W default -p no:cacheprovider tests/gpu
 
 sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null || true)
 for tool in memcheck racecheck; do
+    # What a library tries and handles itself is no error of ours; a failed launch raises in Python.
+    options=(--tool "$tool" --error-exitcode 9 --print-limit 20)
+    [[ $tool == racecheck ]] || options+=(--report-api-errors no)
     if [[ -n $sanitizer ]]; then
-        run "$tool" 60 "$sanitizer" --tool "$tool" --error-exitcode 9 --print-limit 20 \
-            "$python" benchmarks/gpu.py --small
+        run "$tool" 55 "$sanitizer" "${options[@]}" "$python" benchmarks/gpu.py --small
     else
         echo "== $tool: compute-sanitizer is not installed"
         checks+=("$tool=not run: compute-sanitizer is not installed")
@@ -51,7 +53,7 @@ for tool in memcheck racecheck; do
 done
 
 checks_given=$(IFS=,; echo "${checks[*]}")
-run benchmarks 200 "$python" benchmarks/gpu.py --out "$out" --checks "$checks_given"
+run benchmarks 190 "$python" benchmarks/gpu.py --out "$out" --checks "$checks_given"
 
 printf '\n'
 printf '== %s\n' "${checks[@]}"

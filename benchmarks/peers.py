@@ -154,6 +154,28 @@ class TorchForeach(TorchFused):
     kind = "foreach"
 
 
+class TorchOnNumPy(TorchFused):
+    """torch's fused Adam as the optimizer of a NumPy program: a step takes gradients that are NumPy arrays.
+
+    That is what xpoptim does. `TorchFused` leaves to the untimed part what torch's backpropagation does for its own users:
+    it finds its gradients in place.
+    """
+
+    def __init__(self, start: Arrays) -> None:
+        super().__init__(start)
+        self._optimizer_step = self.step
+        self.step = self._step
+        self._grads: Arrays = []
+
+    def hand_over(self, grads: Arrays) -> None:
+        self._grads = [g.copy() for g in grads]
+
+    def _step(self) -> None:
+        for p, g in zip(self._params, self._grads, strict=True):
+            p.grad = self._from_numpy(g)
+        self._optimizer_step()
+
+
 class Optax:
     """``optax.adam`` under ``jax.jit`` with parameters and state donated; a step waits for its result."""
 
@@ -194,6 +216,7 @@ CONTENDERS: dict[str, Any] = {
     "NumPy-book": Book,
     "traffic": Traffic,
     "torch-fused": TorchFused,
+    "torch-numpy": TorchOnNumPy,
     "torch-foreach": TorchForeach,
     "optax": Optax,
 }

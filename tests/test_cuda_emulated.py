@@ -19,8 +19,8 @@ from xpoptim.fusion import cuda as text
 from xpoptim.fusion.norm import CHUNK
 from xpoptim.leaves import pairs
 
-WHY_NOT = missing()
-pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
+if reason := missing():
+    pytest.skip(reason, allow_module_level=True)
 
 BOTH_ORDERS = pytest.mark.parametrize("backward", [False, True])
 

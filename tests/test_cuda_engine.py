@@ -51,9 +51,6 @@ from xpoptim.fusion import cuda as text
 from xpoptim.leaves import pairs
 from xpoptim.step import Step, check
 
-WHY_NOT = missing()
-pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
-
 # What CuPy arrays can have: their bytes are in the machine's order, their elements on multiples of their size.
 CUPY_LAYOUTS = [name for name in LAYOUTS if name not in ("misaligned", "swapped")]
 CUPY_GRADIENT_LAYOUTS = [name for name in GRADIENT_LAYOUTS if name not in ("misaligned", "swapped", "readonly")]
@@ -61,6 +58,8 @@ CUPY_GRADIENT_LAYOUTS = [name for name in GRADIENT_LAYOUTS if name not in ("misa
 
 @pytest.fixture
 def gpu() -> Iterator[GPU]:
+    if reason := missing():
+        pytest.skip(reason)
     with emulated_gpu() as emulated:
         yield emulated
 

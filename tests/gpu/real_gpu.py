@@ -31,8 +31,10 @@ def why_not() -> str:
     return ""
 
 
-WHY_NOT = why_not()
-needs_gpu = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT or "there is one")
+def skip_without_gpu() -> None:
+    """For the top of a module: one line of the report for all of its tests."""
+    if reason := why_not():
+        pytest.skip(reason, allow_module_level=True)
 
 
 class CapturedGraph(Graph):

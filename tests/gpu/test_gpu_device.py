@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from cuda_host.steps import GPU, alike, askew, assert_same, follow, moved, trees
 from helpers import DTYPES, RULES, assert_same_bits, from_words, make_optimizer, random_values
-from real_gpu import RealGPU, needs_gpu, real_gpu
+from real_gpu import RealGPU, real_gpu, skip_without_gpu
 
 import xpoptim as xo
 from xpoptim.engines import driver, nvrtc
 
-pytestmark = needs_gpu
+skip_without_gpu()
 
 # Keeps a GPU busy for so many nanoseconds.
 SPIN = r"""
@@ -268,7 +268,7 @@ def test_memory(gpu: RealGPU) -> None:
             taken.clear()
             for _ in range(3):
                 opt.update({"W": p}, {"W": g.copy()})
-        assert taken == [4_000_256] * 3 or sum(taken) <= 3 * 4_001_000  # the copies of g alone
+        assert sum(taken) <= 3 * 4_000_256  # the copies of g alone
 
 
 # --- the whole of the package

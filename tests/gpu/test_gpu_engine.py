@@ -4,10 +4,10 @@ from collections.abc import Iterator
 
 import pytest
 from cuda_host.steps import GPU
-from real_gpu import needs_gpu, real_gpu
+from real_gpu import real_gpu, skip_without_gpu
 from test_cuda_engine import *  # noqa: F403  # each test once more, with the fixture below
 
-pytestmark = needs_gpu
+skip_without_gpu()
 
 
 @pytest.fixture  # type: ignore[no-redef]

@@ -157,8 +157,8 @@ class TorchForeach(TorchFused):
 class TorchOnNumPy(TorchFused):
     """torch's fused Adam as the optimizer of a NumPy program: a step takes gradients that are NumPy arrays.
 
-    That is what xpoptim does. `TorchFused` leaves to the untimed part what torch's backpropagation does for its own users:
-    it finds its gradients in place.
+    That is what xpoptim does. `TorchFused` leaves to the untimed part what torch's backpropagation does for its own
+    users: it finds its gradients in place.
     """
 
     def __init__(self, start: Arrays) -> None:

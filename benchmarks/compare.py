@@ -121,7 +121,7 @@ _IMPORT = "import time; start = time.perf_counter(); import numpy{more}; print((
 
 def in_fresh_processes(scripts: dict[str, str]) -> dict[str, list[float]]:
     """What each script prints, run in turn in fresh processes; the first round only fills the bytecode cache."""
-    root = str(Path(__file__).resolve().parents[1])
+    root = str(Path(peers.xo.__file__).parents[1])
     found: dict[str, list[float]] = {name: [] for name in scripts}
     with tempfile.TemporaryDirectory() as cache:
         environment = os.environ | {"PYTHONPYCACHEPREFIX": cache, "PYTHONPATH": root}

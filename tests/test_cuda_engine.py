@@ -4,6 +4,7 @@ Here the GPU is emulated on the host: what runs is the engine's own text, tables
 cuda_host/emulated.py says what cannot be seen this way. tests/gpu runs the same tests on a GPU.
 """
 
+import contextlib
 import itertools
 import pickle
 import threading
@@ -343,6 +344,22 @@ def test_gradients_are_not_kept_alive(gpu: GPU) -> None:
         alive = [weakref.ref(p) for p in on_gpu.values()]
         del on_gpu
         assert not any(ref() is not None for ref in alive)  # nor parameters
+
+
+@pytest.mark.parametrize("options", [{}, {"clip_norm": 0.5}, {"capturable": True}], ids=str)
+def test_the_same_gradients_none_at_every_step(options: dict[str, Any], gpu: GPU) -> None:
+    """Frozen parameters cost neither an allocation nor a wait."""
+    arrays = {"a": np.ones(5), "frozen": np.full(7, 3.0), "b": np.full(9, 2.0)}
+    params = {key: gpu.array(a) for key, a in arrays.items()}
+    opt, expected_opt = make_optimizer("Adam", **options), make_optimizer("Adam", **options)
+    for step in range(4):
+        g = {key: None if key == "frozen" else np.full(a.shape, step + 1.0) for key, a in arrays.items()}
+        on_gpu = {key: None if x is None else gpu.array(x) for key, x in g.items()}
+        with gpu.quiet() if step else contextlib.nullcontext():
+            opt.update(params, on_gpu)
+        expected_opt.update(arrays, g)
+    for key, a in arrays.items():
+        assert_same_bits(gpu.host(params[key]), a)
 
 
 def test_gradients_that_are_none(gpu: GPU) -> None:

@@ -377,7 +377,7 @@ class Watch:
         spans = sorted((a.data.ptr, a.data.ptr + a.nbytes) for column in (params, *slots) for a in column if a.nbytes)
         self._starts = np.array([start for start, _ in spans], np.uint64)
         self._ends = np.array([end for _, end in spans], np.uint64)
-        self._sizes = np.array([a.nbytes for a in grads], np.uint64)
+        self._sizes = np.array([0 if a is None else a.nbytes for a in grads], np.uint64)
 
     def unchanged(self, columns: list[list[Any]]) -> bool:
         """Whether all arrays are as before, gradients anywhere; the plan's addresses are then up to date."""
@@ -388,7 +388,7 @@ class Watch:
             if [_layouts(params), _layouts(grads)] != self._layouts or _addresses(params) != self._params:
                 return False
             moved = _addresses(grads)
-        except AttributeError:  # a gradient is None, or no CuPy array
+        except AttributeError:  # no CuPy array
             return False
         if moved == self._grads:
             return True
@@ -404,13 +404,13 @@ class Watch:
             return False
         starts = np.array(gradients, np.uint64)
         at = np.searchsorted(self._ends, starts, side="right")  # the first span that ends behind the gradient's start
-        inside = at < self._ends.size
+        inside = (at < self._ends.size) & (self._sizes > 0)
         return bool((self._starts[np.minimum(at, self._ends.size - 1)] < starts + self._sizes)[inside].any())
 
 
 def _addresses(column: list[Any]) -> list[int]:
-    return [a.data.ptr for a in column]
+    return [0 if a is None else a.data.ptr for a in column]
 
 
 def _layouts(column: list[Any]) -> list[Any]:
-    return [(a.shape, a.strides, a.dtype, a.data.device_id) for a in column]
+    return [None if a is None else (a.shape, a.strides, a.dtype, a.data.device_id) for a in column]

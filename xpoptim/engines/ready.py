@@ -54,8 +54,6 @@ def ready(recipe: Recipe, plan: Any, leaves: list[Leaf], params: Any) -> Ready |
     if leaves[0].space == "cupy":
         from .cuda import Watch
 
-        if any(g is None for g in columns[1]):
-            return None
         return Ready(recipe, plan, leaves, Watch(plan, columns), skeleton(params))
     from . import scan
 

@@ -11,7 +11,7 @@ What is done so that the comparison is fair:
 * Contenders take turns, a block of steps each, in an order that moves on by one each round, so that slow drifts of
   the machine meet all of them. A ratio is taken within each round; the median of the rounds' ratios is reported.
 * A block begins with a pause, in which threads that spin after the block before (those of torch's OpenMP do) go to
-  sleep, and with steps that are not counted.
+  sleep, and with steps that are not counted, in which CPUs and threads wake up again.
 * Results go to newly allocated arrays, as the layers of a network have it, and are freed outside of the measured
   time. ``out=`` writes to arrays that are there already.
 * The number of threads is that of xpoptim and of torch alike; the plain code has one in any case. The garbage
@@ -44,7 +44,7 @@ import xpoptim as xo
 SIZE = 4_000_000  # float32 elements
 RATIO = 0.5
 PAUSE = 0.05  # seconds
-UNCOUNTED = 2  # steps at the start of a block
+UNCOUNTED = 5  # steps at the start of a block
 
 
 class Plain:
@@ -258,8 +258,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, help="write all figures to this JSON file")
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--steps", type=int, default=3, help="steps of a block")
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=7, help="steps of a block")
     parser.add_argument("--only", nargs="+", choices=CONTENDERS, help="these contenders and xpoptim")
     asked = parser.parse_args()
     names = ["xpoptim", *(name for name in asked.only or CONTENDERS if name != "xpoptim")]

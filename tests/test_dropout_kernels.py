@@ -26,7 +26,7 @@ from test_random import KNOWN_ANSWERS, correlation_in_sigmas, five_sigma, oracle
 
 import xpoptim as xo
 from xpoptim import _dropout, random
-from xpoptim.engines import blocks, nvrtc
+from xpoptim.engines import blocks, crew, nvrtc
 from xpoptim.fusion import cuda_blocks
 from xpoptim.fusion.cuda import THREADS
 from xpoptim.fusion.program import BlockProgram, Buffer
@@ -175,13 +175,15 @@ FAR = (0, 1, 2**31 - 2, 2**32 - 2, 2**33 - 1, 7 * 2**32 - 3, 2**60 + 2**32 - 1)
 def run_llvm_from(
     kernel: blocks.Kernel, x: np.ndarray, y: np.ndarray, first: int, words: list[int], numbers: int
 ) -> None:
-    """As if the arrays began ``first`` blocks before: its own code, the task counter set to where they really begin."""
+    """As if the arrays began ``first`` blocks before: its own code, the cursor set to where they really begin."""
     shift = first * len(kernel.program.lanes) * (x.itemsize // (2 if x.dtype.kind == "c" else 1))
     total = first * len(kernel.program.lanes) + numbers
     scalars, given, cursor = np.ones(1, real_dtype(x.dtype)), np.array(words, np.uint32), np.array([first], np.int64)
     at = [(a.ctypes.data - shift) % 2**64 for a in (x, y)]
-    rest = [a.ctypes.data for a in (scalars, given, cursor)]
-    kernel._compiled(x is y)(at[0], at[1], total, *rest, 1)
+    where = [cursor.ctypes.data, 1, *at, total, scalars.ctypes.data, given.ctypes.data, 1]
+    job = np.array([word - 2**64 if word >= 2**63 else word for word in where], np.int64)
+    run = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64)(kernel._compiled(x is y))
+    run(job.ctypes.data, 0)
 
 
 class TestLargeBlockIndexes:
@@ -243,14 +245,15 @@ class TestSameBits:
     @pytest.mark.parametrize("count", [1, 2, 3])
     def test_threads(self, dtype, count):
         x = values((LARGE,), dtype)
-        with threads(count), mock.patch.object(blocks.threads, "run", wraps=blocks.threads.run) as shared:
+        with threads(count), mock.patch.object(crew, "boxes", wraps=crew.boxes) as shared:
             assert_engines_agree(lambda: xo.dropout(x, 0.3, seed=SEED, stream=1, inverted=True))
-        assert shared.call_count == (count > 1)
+        assert [len(call.args[0]) > 0 for call in shared.call_args_list] == [count > 1]
 
     @pytest.mark.parametrize("grain", [1, 2, 3, 1000])
     def test_tasks_of_any_size(self, dtype, grain, monkeypatch):
         """Each block is done by one task and once, also where that is in place."""
-        monkeypatch.setattr(blocks, "_WORTH_THREADS", 0)
+        monkeypatch.setattr(crew, "_WORTH_WAKING", 1)
+        monkeypatch.setattr(crew, "_WORTH_SHARING", 1)
         monkeypatch.setattr(blocks, "_GRAIN", grain)
         with threads(2):
             for size in SIZES:

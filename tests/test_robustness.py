@@ -199,21 +199,35 @@ def test_layers_without_parameters() -> None:
     assert (params["net"][0]["W"] == 0).all()
 
 
-def test_control_c_during_the_kernel_finds_the_step_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("nested", [False, True], ids=["in one call", "in steps"])
+@pytest.mark.parametrize("made", [True, False], ids=["after the kernel", "before the kernel"])
+def test_control_c_finds_the_step_counted_if_it_was_made(
+    made: bool, nested: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from xpoptim.engines import scan
     from xpoptim.engines.cpu import Plan
+    from xpoptim.engines.scan import Direct, Scanner
 
-    opt, params = xo.Adam(), {"p": np.ones(2)}
-    opt.update(params, {"p": np.ones(2)})
-    run = Plan.run
+    def container(value: float) -> Any:
+        return {"layer": {"p": np.full(2, value)}} if nested else {"p": np.full(2, value)}
 
-    def interrupted(self: Any, values: list[float]) -> None:
-        run(self, values)
+    opt, params = xo.Adam(), container(1.0)
+    opt.update(params, container(1.0))
+    owner: Any = (Plan if made else Scanner) if nested else Direct
+    name = "unchanged" if nested and not made else "run"
+    original = getattr(owner, name)
+
+    def interrupted(self: Any, *arguments: Any) -> Any:
+        if made:
+            original(self, *arguments)
+        elif not nested:
+            self._calls[scan._MADE] = 0  # as `run` begins
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Plan, "run", interrupted)
+    monkeypatch.setattr(owner, name, interrupted)
     with pytest.raises(KeyboardInterrupt):
-        opt.update(params, {"p": np.ones(2)})
-    assert opt.state["step"] == 2
+        opt.update(params, container(1.0))
+    assert opt.state["step"] == 1 + made
 
 
 def test_a_bad_number_of_threads_in_the_environment_changes_nothing() -> None:

@@ -274,7 +274,7 @@ class Dropout:
             self._seed, self._layer = random.claim_layer(layer)
         self._call = 0
         self._latest: _Latest | None = None
-        self._namespace = "array_api_compat.numpy"
+        self._namespace = "numpy"
         self._device: Any = None
 
     def forward(self, x: Any, train_flg: bool = True, out: Any = None) -> Any:

@@ -67,7 +67,7 @@ def _check_out(name: str, x: Any, out: Any, space: str) -> None:
     if "jax" in (space, namespace_name(out)):
         raise TypeError("out must be a mutable array, but JAX arrays are immutable: use the value that is returned")
     if namespace(out) is not namespace(x):
-        raise TypeError(f"out is of {namespace(out).__name__} but {name} is of {namespace(x).__name__}")
+        raise TypeError(f"out is of {namespace_name(out)} but {name} is of {namespace_name(x)}")
     if out.dtype != x.dtype:
         raise TypeError(f"out has dtype {out.dtype} but {name} has dtype {x.dtype}: they must be equal")
     if tuple(out.shape) != tuple(x.shape):

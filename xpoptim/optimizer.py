@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from . import hyperparameters, options
 from .engines.ready import Ready
@@ -112,6 +112,7 @@ class Optimizer:
     # Of the object; with leading underscores, so no hyperparameters.
     _state: State
     _cached_recipe: Recipe | None
+    _constants: tuple[float, ...] | Literal[False] | None  # the hyperparameters; False if one is a schedule
     _ready: Ready | None  # what the next step can start from
     _known: Signature | None  # what the first update fixed
     _counter: Any  # an `engines.cuda.Counter`, while a GPU counts the steps
@@ -223,6 +224,7 @@ class Optimizer:
     def _forget(self) -> None:
         """Drop what is derived and can be made again."""
         object.__setattr__(self, "_cached_recipe", None)
+        object.__setattr__(self, "_constants", None)
         object.__setattr__(self, "_ready", None)
         object.__setattr__(self, "_verified", None)
         object.__setattr__(self, "_counter", None)
@@ -242,6 +244,7 @@ class Optimizer:
         value = hyperparameters.checked(cls.__name__, name, value, static=name in cls._static, optional=optional)
         object.__setattr__(self, name, value)
         object.__setattr__(self, "_cached_recipe", None)
+        object.__setattr__(self, "_constants", None)
 
     def __delattr__(self, name: str) -> None:
         raise AttributeError(f"{type(self).__name__}.{name} cannot be deleted; assign another value")
@@ -431,10 +434,12 @@ class Optimizer:
 
     def _again(self, ready: Ready, params: Any, grads: Any) -> bool:
         """The step over arrays that are what they were at the last one, checked by `Ready`. False: do it in full."""
-        recipe = self._recipe
+        recipe = self._cached_recipe or self._recipe
         if recipe is not ready.recipe or selected() == "reference":
             return False
         state = self._state
+        if ready.direct is not None and self._directly(ready, params, grads):
+            return True
         columns = ready.columns(params, grads, state["slots"])
         if columns is None:
             return False
@@ -447,10 +452,30 @@ class Optimizer:
         if recipe.reductions:
             sums = ready.plan.squares(values, ready.odd(columns))
             values.append(finite_norm(ready.gradient_names, dict(zip(ready.keys, sums.tolist(), strict=True))))
-        # Counted first: Ctrl-C during the kernel takes effect after it, and must find the step counted.
-        state["step"] += 1
+        state["step"] += 1  # first, as above
         ready.plan.run(values)
         return True
+
+    def _directly(self, ready: Ready, params: Any, grads: Any) -> bool:
+        """A step in a single call; False if it was not made, because anything may have changed."""
+        constants = self._constants
+        if constants is None:  # something was assigned since the last step
+            values = tuple(getattr(self, name) for name in ready.recipe.hyperparameters)
+            constants = values if all(type(value) is float for value in values) else False
+            object.__setattr__(self, "_constants", constants)
+        if constants is False:
+            return False  # a schedule may do anything to the containers: it is called after the arrays are held
+        direct, state = ready.direct, self._state
+        ready.plan.set_inputs((checked_step(state) + 1, *constants))
+        slots = state["slots"]
+        containers = (params, grads, *[slots.get(name) for name in ready.recipe.slots])
+        # Counted first: Ctrl-C during the kernel takes effect after it, and must find the step counted.
+        state["step"] += 1
+        try:
+            return direct.run(containers)
+        finally:
+            if not direct.made:
+                state["step"] -= 1
 
     def _again_on_gpu(self, ready: Ready, values: list[float]) -> bool:
         """The same for CuPy arrays. While a graph is captured, nothing is done yet, and so nothing is counted."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import threading
 from functools import cached_property
 from typing import Any
@@ -13,9 +12,8 @@ from ..fusion import cuda_blocks, llvm_blocks
 from ..fusion.cuda import THREADS
 from ..fusion.program import BlockProgram
 from ..fusion.scalars import evaluate
-from . import threads
+from . import crew
 
-_WORTH_THREADS = 1 << 18  # numbers; below, waking a second thread costs more than it gains
 _GRAIN = 1 << 13  # blocks of a task
 
 
@@ -47,7 +45,7 @@ class Kernel:
     def __init__(self, program: BlockProgram) -> None:
         self.program = program
         self._lock = threading.Lock()  # so that two threads do not compile the same
-        self._on_cpu: dict[bool, tuple[Any, Any]] = {}
+        self._on_cpu: dict[bool, tuple[int, Any]] = {}
 
     def run(self, x: Any, y: Any, inputs: list[float], words: list[int]) -> None:
         """Fill ``y`` from ``x``, both in C order: in the same memory, or in two that do not overlap.
@@ -63,7 +61,7 @@ class Kernel:
         run = self._run_on_cpu if isinstance(x, np.ndarray) else self._run_on_gpu
         run(x, y, numbers, scalars, np.array(words or [0], np.uint32))
 
-    def _compiled(self, in_place: bool) -> Any:
+    def _compiled(self, in_place: bool) -> int:
         if in_place not in self._on_cpu:
             from .jit import Module
 
@@ -72,23 +70,14 @@ class Kernel:
                     module = Module(
                         llvm_blocks.assembly(self.program, in_place=in_place), subnormals=("prologue", "run")
                     )
-                    pointer, word = ctypes.c_void_p, ctypes.c_int64
-                    run = ctypes.CFUNCTYPE(None, pointer, pointer, word, pointer, pointer, pointer, word)
-                    self._on_cpu[in_place] = run(module.address("run")), module  # the module holds the code
+                    self._on_cpu[in_place] = module.address("run"), module  # the module holds the code
         return self._on_cpu[in_place][0]
 
     def _run_on_cpu(self, x: np.ndarray, y: np.ndarray, numbers: int, scalars: np.ndarray, words: np.ndarray) -> None:
-        cursor = np.zeros(1, np.int64)
-        source, target, *rest = (a.ctypes.data for a in (x, y, scalars, words, cursor))
-        compiled = self._compiled(source == target)
-        count = threads.get_num_threads() if numbers >= _WORTH_THREADS else 1
-        grain = _GRAIN if count > 1 else numbers
-        arguments = (source, target, numbers, *rest, grain)
-        if count == 1:
-            compiled(*arguments)
-        else:
-            tasks = -(-numbers // (len(self.program.lanes) * grain))
-            threads.run(lambda: compiled(*arguments), min(count, tasks))
+        cursors = crew.cursors()
+        source, target, *rest = (a.ctypes.data for a in (x, y, scalars, words))
+        job = np.array([cursors.ctypes.data, 0, source, target, numbers, *rest, _GRAIN], np.int64)
+        crew.run(self._compiled(source == target), job.ctypes.data, crew.Work(numbers))
 
     @cached_property
     def _cuda(self) -> str:

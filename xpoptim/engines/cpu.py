@@ -7,7 +7,7 @@ the kernels over it, and can be run again as long as the arrays are what they we
 from __future__ import annotations
 
 import ctypes
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -21,25 +21,22 @@ from ..fusion.program import Program
 from ..leaves import Leaf
 from ..memory import dense_alike
 from ..recipe import Recipe
-from . import threads
+from . import crew, threads
 
-# Below this many elements a second thread costs more (waking it takes about 50 µs) than it gains.
-_WORTH_THREADS = 1 << 18
-_GRAIN = 1 << 16  # elements of a task, a multiple of CHUNK
+_GRAIN = 1 << 14  # elements of a task at most, a multiple of CHUNK
+_TASKS = 16  # so many at least where there are elements enough: what is left when one thread is through is little
+_PIECE = 1 << 16  # elements of a gradient that are copied at a time, a multiple of CHUNK
 
 
 class Kernel:
-    """A program as machine code: ``prologue`` rounds the scalars, ``run`` walks a table of rows."""
+    """A program as machine code: ``prologue`` rounds the scalars, ``run`` walks a table of rows. Both are addresses."""
 
     def __init__(self, program: Program) -> None:
         from .jit import Module
 
         self._module = Module(assembly(program), subnormals=("prologue", "run"))
-        pointer, word = ctypes.c_void_p, ctypes.c_int64
-        self.prologue = ctypes.CFUNCTYPE(None, pointer, pointer)(self._module.address("prologue"))
-        # ctypes lets go of the interpreter's lock during a call, so that several threads compute.
-        run = ctypes.CFUNCTYPE(None, pointer, word, pointer, pointer, word, word, pointer)
-        self.run = run(self._module.address("run"))
+        self.prologue, self.run = self._module.address("prologue"), self._module.address("run")
+        self.round = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p)(self.prologue)
         self.scalars = len(program.scalars)
 
 
@@ -79,18 +76,35 @@ def obstacle(leaf: Leaf) -> str:
     return ""
 
 
+class _Pass:
+    """A kernel with its scalars and its job. To ask an array for its address takes longer than a small kernel: once."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        self.kernel, self._scalars = kernel, np.zeros(max(1, kernel.scalars))
+        self.scalars_at = self._scalars.ctypes.data
+        self.job_at = 0
+
+    def over(self, cursors: int, table: int, rows: int, total: int, sums: int) -> None:
+        grain = min(_GRAIN, max(1, total // (_TASKS * CHUNK)) * CHUNK)
+        self._job = np.array([cursors, 0, table, rows, self.scalars_at, grain, total, sums], np.int64)
+        self.job_at = self._job.ctypes.data
+
+    def run(self, inputs: int, work: crew.Work) -> None:
+        self.kernel.round(inputs, self.scalars_at)
+        crew.run(self.kernel.run, self.job_at, work)
+
+
 @dataclass
 class _Group:
-    """The rows of one pair of dtypes: consecutive in the table, one call of a kernel."""
+    """The rows of one pair of dtypes: consecutive in the table, one job for each pass."""
 
-    kernels: dict[str, Kernel]
+    passes: dict[str, _Pass]
     leaves: list[int]
     first: int  # its first row
     start: int  # where its elements begin in the line of all rows, padded to whole chunks
     total: int  # the length of that line
+    work: crew.Work
     elements: int  # the true number of elements
-    scalars: dict[str, np.ndarray]
-    scalars_at: dict[str, int]
 
 
 class Plan:
@@ -114,7 +128,8 @@ class Plan:
             by_dtypes.setdefault((leaf.dtype, leaf.g_dtype or leaf.dtype), []).append(i)
         row = start = 0
         for (dtype, g_dtype), members in by_dtypes.items():
-            group = self._group(kernels(recipe, dtype, g_dtype), members, row, start)
+            passes = {kind: _Pass(kernel) for kind, kernel in kernels(recipe, dtype, g_dtype).items()}
+            group = _Group(passes, members, first=row, start=start, total=0, elements=0, work=crew.Work(0))
             for i in members:
                 self._fill(row, start - group.start, i, leaves[i])
                 self._starts[i] = start
@@ -122,20 +137,20 @@ class Plan:
                 row += 1
             group.total = start - group.start
             group.elements = sum(self._lengths[i] for i in members)
+            group.work = crew.Work(group.elements)
             self._groups.append(group)
         self._sums = np.zeros(start // CHUNK + 1)
         self._first_chunks = np.array(self._starts, np.int64) // CHUNK
         self._long = [i for i, length in enumerate(self._lengths) if length > CHUNK]
-        self._inputs = np.zeros(len(recipe.inputs))
-        self._cursor = np.zeros(1, np.int64)
-        # Asking an array for its address takes longer than a small kernel: ask once.
-        self._table_at, self._sums_at = self._table.ctypes.data, self._sums.ctypes.data
-        self._inputs_at, self._cursor_at = self._inputs.ctypes.data, self._cursor.ctypes.data
-
-    def _group(self, compiled: dict[str, Kernel], members: list[int], row: int, start: int) -> _Group:
-        scalars = {kind: np.zeros(max(1, kernel.scalars)) for kind, kernel in compiled.items()}
-        at = {kind: array.ctypes.data for kind, array in scalars.items()}
-        return _Group(compiled, members, row, start, 0, 0, scalars, at)
+        self._inputs: Any = (ctypes.c_double * len(recipe.inputs))()
+        self._inputs_at = ctypes.addressof(self._inputs)
+        self._cursors = crew.cursors()
+        self._cursors_at = self._cursors.ctypes.data
+        for group in self._groups:
+            table = self._table.ctypes.data + group.first * self._row_bytes
+            sums = self._sums.ctypes.data + group.start // CHUNK * 8
+            for one in group.passes.values():
+                one.over(self._cursors_at, table, len(group.leaves), group.total, sums)
 
     def _fill(self, row: int, start: int, i: int, leaf: Leaf) -> None:
         length = leaf.p.size * (2 if leaf.dtype in PART else 1)  # a complex array is its parts in turn
@@ -184,36 +199,34 @@ class Plan:
     def _odd_chunks(self, i: int, g: Any, chunks: np.ndarray) -> None:
         """Chunk sums of a gradient in logical C order, whatever its layout, through a small buffer."""
         group = next(group for group in self._groups if i in group.leaves)
-        kernel, scalars = group.kernels["norm"], group.scalars_at["norm"]
+        norm = _Pass(group.passes["norm"].kernel)
         row = self._table[self._rows[i]].copy()
-        step = _GRAIN // (2 if np.iscomplexobj(g) else 1)
+        step = _PIECE // (2 if np.iscomplexobj(g) else 1)
         for n, at in enumerate(range(0, g.size, step)):
             piece = g.flat[at : at + step]
-            count = piece.size * (_GRAIN // step)
+            count = piece.size * (_PIECE // step)
             row[0], row[1], row[HEADER + 1] = count, 0, piece.ctypes.data
-            out = chunks[n * (_GRAIN // CHUNK) :]
-            cursor = np.zeros(1, np.int64)
-            kernel.run(row.ctypes.data, 1, scalars, cursor.ctypes.data, _GRAIN, _GRAIN, out.ctypes.data)
+            out = chunks[n * (_PIECE // CHUNK) :]
+            norm.over(self._cursors_at, row.ctypes.data, 1, _PIECE, out.ctypes.data)
+            norm.run(self._inputs_at, crew.Work(count))
+
+    def only_job(self) -> tuple[list[int], int] | None:
+        """The update as addresses for `scan.Direct`, and its elements, if it is a single job."""
+        if len(self._groups) != 1 or "norm" in self._groups[0].passes:
+            return None
+        one = self._groups[0].passes["update"]
+        calls = [one.kernel.prologue, self._inputs_at, one.scalars_at, one.kernel.run, one.job_at]
+        return calls, self._groups[0].elements
+
+    def set_inputs(self, inputs: Sequence[float]) -> None:
+        self._inputs[:] = inputs
 
     def run(self, inputs: list[float]) -> None:
         """Update every leaf."""
-        self._inputs[:] = inputs
+        self.set_inputs(inputs)
         for group in self._groups:
             self._call(group, "update")
 
     def _call(self, group: _Group, kind: str) -> None:
-        if not group.elements:
-            return
-        kernel, scalars = group.kernels[kind], group.scalars_at[kind]
-        kernel.prologue(self._inputs_at, scalars)
-        table = self._table_at + group.first * self._row_bytes
-        sums = self._sums_at + group.start // CHUNK * 8
-        self._cursor[0] = 0
-        workers = threads.get_num_threads() if group.elements >= _WORTH_THREADS else 1
-        grain = _GRAIN if workers > 1 else group.total
-        arguments = (table, len(group.leaves), scalars, self._cursor_at, grain, group.total, sums)
-        if workers == 1:
-            kernel.run(*arguments)
-        else:
-            workers = min(workers, math.ceil(group.total / grain))
-            threads.run(lambda: kernel.run(*arguments), workers)
+        if group.elements:
+            group.passes[kind].run(self._inputs_at, group.work)

@@ -11,10 +11,15 @@ from ..recipe import Recipe
 
 
 class Ready:
-    """For arrays of one engine. ``watch`` compares the arrays, ``skeleton`` the containers around them."""
+    """For arrays of one engine. ``watch`` compares the arrays, ``skeleton`` the containers around them.
 
-    def __init__(self, recipe: Recipe, plan: Any, leaves: list[Leaf], watch: Any, skeleton: Skeleton) -> None:
-        self.recipe, self.plan, self._watch = recipe, plan, watch
+    ``direct``, where there is one, makes the whole step in one call.
+    """
+
+    def __init__(
+        self, recipe: Recipe, plan: Any, leaves: list[Leaf], watch: Any, skeleton: Skeleton, direct: Any = None
+    ) -> None:
+        self.recipe, self.plan, self._watch, self.direct = recipe, plan, watch, direct
         self.keys = [leaf.key for leaf in leaves]
         self.gradient_names = {leaf.key: leaf.named("grads") for leaf in leaves}
         self.on_gpu = leaves[0].space == "cupy"
@@ -59,4 +64,16 @@ def ready(recipe: Recipe, plan: Any, leaves: list[Leaf], params: Any) -> Ready |
 
     if not scan.available() or any(type(x.p) is not np.ndarray for x in leaves):
         return None
-    return Ready(recipe, plan, leaves, scan.Scanner(columns, *plan.cells()), skeleton(params))
+    scanner = scan.Scanner(columns, [leaf.index for leaf in leaves], *plan.cells())
+    return Ready(recipe, plan, leaves, scanner, skeleton(params), _direct(plan, scanner, leaves, params))
+
+
+def _direct(plan: Any, scanner: Any, leaves: list[Leaf], params: Any) -> Any:
+    """For a flat container whose step is one job."""
+    from . import scan
+
+    flat = type(params) in (dict, list) and all(leaf.home is params for leaf in leaves)
+    job = plan.only_job() if flat else None
+    if job is None or not scan.Direct.possible(scanner.columns * len(leaves), job[1]):
+        return None
+    return scan.Direct(scanner, type(params), *job)

@@ -4,34 +4,123 @@ A step must look at every array anew: an array can be resized or replaced at any
 look costs about a microsecond (data pointer, shape, strides, dtype, flags), which for a hundred small arrays is
 more than their whole update. So a few lines of machine code look instead. They read the public fields of
 NumPy's array object (``PyArrayObject_fields`` of NumPy's C API, the same in all of NumPy 1 and 2), compare them
-with what was checked before, and refresh the gradients' pointers. Any difference sends the step back to the
-full checks in Python. Where the layout is not as expected, `available` is False and every step is checked in
-Python.
+with what was checked before, refresh the gradients' pointers and, in the usual case, go on to the kernel in the same
+call (`Direct`). Any difference sends the step back to the full checks in Python. Where the layout is not as expected,
+`available` is False and every step is checked in Python.
 """
 
 from __future__ import annotations
 
 import ctypes
+import re
 import sys
 from functools import cache
 from typing import Any
 
 import numpy as np
 
+from . import crew
 from .threads import compiling
 
 # Offsets in the array object, behind the 16 bytes that every object of a standard CPython build begins with.
 _DATA, _NDIM, _DIMS, _STRIDES, _DESCR, _FLAGS = 16, 24, 32, 40, 56, 64
 _WRITEABLE = 0x0400
+_BOXES, _HELPERS, _MADE, _PATIENCE = 6, 7, 8, 10  # of `calls`, below
+_MOST = 1 << 14  # arrays of a long step: the references to them are kept on the stack
+_BRIEF = 1 << 18  # elements that are done before another thread has much need of the interpreter's lock
 
-# context: [columns, leaves, records, lengths, intervals, starts, ends, None, ndarray], nine 64-bit words.
+# context: [columns, leaves, records, lengths, intervals, starts, ends, None, ndarray, dict, names, arrays],
+# 64-bit words; arrays: the objects found.
+# kinds: the type of each column's container, dict or list.
+# calls: [prologue, inputs, scalars, run, job, together, boxes, helpers, whether the step was made, whether it is
+# long, patience].
 # record of an array: [dtype, flags, ndim, shape and strides, cell of the table, bytes].
 # lengths of a leaf: [cell of its length, its length].
 _ASSEMBLY = """
 declare ptr @PyTuple_GetItem(ptr, i64)
 declare ptr @PyList_GetItem(ptr, i64)
+declare i64 @PyList_Size(ptr)
+declare i64 @PyDict_Size(ptr)
+declare i32 @PyDict_Next(ptr, ptr, ptr, ptr)
+declare ptr @PyEval_SaveThread()
+declare void @PyEval_RestoreThread(ptr)
+declare void @Py_IncRef(ptr)
+declare void @Py_DecRef(ptr)
 
-define i64 @scan(ptr %lists, ptr %context) {
+define i64 @step(ptr %containers, ptr %context, ptr %kinds, ptr %calls) {
+entry:
+  %different = call i64 @scan(ptr %containers, ptr %context, ptr %kinds)
+  %isdifferent = icmp ne i64 %different, 0
+  br i1 %isdifferent, label %exit, label %compute
+
+compute:
+  %donep = getelementptr i64, ptr %calls, i64 8
+  store i64 1, ptr %donep
+  %prologue = load ptr, ptr %calls
+  %w1 = getelementptr i64, ptr %calls, i64 1
+  %inputs = load ptr, ptr %w1
+  %w2 = getelementptr i64, ptr %calls, i64 2
+  %scalars = load ptr, ptr %w2
+  call void %prologue(ptr %inputs, ptr %scalars)
+  %w3 = getelementptr i64, ptr %calls, i64 3
+  %run = load ptr, ptr %w3
+  %w4 = getelementptr i64, ptr %calls, i64 4
+  %job = load ptr, ptr %w4
+  %w5 = getelementptr i64, ptr %calls, i64 5
+  %together = load ptr, ptr %w5
+  %w6 = getelementptr i64, ptr %calls, i64 6
+  %boxes = load ptr, ptr %w6
+  %w7 = getelementptr i64, ptr %calls, i64 7
+  %count = load i64, ptr %w7
+  %w10 = getelementptr i64, ptr %calls, i64 10
+  %patience = load i64, ptr %w10
+  %w9 = getelementptr i64, ptr %calls, i64 9
+  %long = load i64, ptr %w9
+  %brief = icmp eq i64 %long, 0
+  br i1 %brief, label %locked, label %holds
+
+locked:
+  call void %together(ptr %boxes, i64 %count, i64 %patience, ptr %run, ptr %job)
+  br label %exit
+
+holds: ; references of our own, and only then are other threads let in
+  %columns = load i64, ptr %context
+  %k1 = getelementptr i64, ptr %context, i64 1
+  %leaves = load i64, ptr %k1
+  %arrays = mul i64 %columns, %leaves
+  %k11 = getelementptr i64, ptr %context, i64 11
+  %found = load ptr, ptr %k11
+  %mine = alloca ptr, i64 %arrays ; not where the next scan writes
+  br label %hold
+hold:
+  %h = phi i64 [ 0, %holds ], [ %hnext, %hold ]
+  %heldp = getelementptr ptr, ptr %found, i64 %h
+  %held = load ptr, ptr %heldp
+  %minep = getelementptr ptr, ptr %mine, i64 %h
+  store ptr %held, ptr %minep
+  call void @Py_IncRef(ptr %held)
+  %hnext = add i64 %h, 1
+  %hmore = icmp slt i64 %hnext, %arrays
+  br i1 %hmore, label %hold, label %unlocked
+unlocked:
+  %thread = call ptr @PyEval_SaveThread()
+  call void %together(ptr %boxes, i64 %count, i64 %patience, ptr %run, ptr %job)
+  call void @PyEval_RestoreThread(ptr %thread)
+  br label %drop
+drop:
+  %d = phi i64 [ 0, %unlocked ], [ %dnext, %drop ]
+  %droppedp = getelementptr ptr, ptr %mine, i64 %d
+  %dropped = load ptr, ptr %droppedp
+  call void @Py_DecRef(ptr %dropped)
+  %dnext = add i64 %d, 1
+  %dmore = icmp slt i64 %dnext, %arrays
+  br i1 %dmore, label %drop, label %exit
+
+exit:
+  ret i64 %different
+}
+
+define i64 @scan(ptr %containers, ptr %context, ptr %kinds) {
 entry:
   %columns = load i64, ptr %context
   %c1 = getelementptr i64, ptr %context, i64 1
@@ -50,19 +139,72 @@ entry:
   %none = load ptr, ptr %c7
   %c8 = getelementptr i64, ptr %context, i64 8
   %ndarray = load ptr, ptr %c8
+  %c9 = getelementptr i64, ptr %context, i64 9
+  %dict = load ptr, ptr %c9
+  %c10 = getelementptr i64, ptr %context, i64 10
+  %names = load ptr, ptr %c10
+  %c11 = getelementptr i64, ptr %context, i64 11
+  %arrays = load ptr, ptr %c11
+  %position = alloca i64
+  %key = alloca ptr
+  %value = alloca ptr
   br label %column
 
 column:
   %j = phi i64 [ 0, %entry ], [ %jnext, %columnend ]
-  %list = call ptr @PyTuple_GetItem(ptr %lists, i64 %j)
+  %container = call ptr @PyTuple_GetItem(ptr %containers, i64 %j)
   %isgradient = icmp eq i64 %j, 1
+  %isslot = icmp sgt i64 %j, 1
   %firstrecord = mul i64 %j, %leaves
-  br label %leaf
+  %kindat = getelementptr i8, ptr %container, i64 8
+  %kind = load ptr, ptr %kindat
+  %wantkindat = getelementptr ptr, ptr %kinds, i64 %j
+  %wantkind = load ptr, ptr %wantkindat
+  %samekind = icmp eq ptr %kind, %wantkind
+  br i1 %samekind, label %measure, label %differs
+
+measure:
+  %isdict = icmp eq ptr %kind, %dict
+  br i1 %isdict, label %measuredict, label %measurelist
+
+measuredict:
+  store i64 0, ptr %position
+  %dictsize = call i64 @PyDict_Size(ptr %container)
+  br label %measured
+
+measurelist:
+  %listsize = call i64 @PyList_Size(ptr %container)
+  br label %measured
+
+measured:
+  %size = phi i64 [ %dictsize, %measuredict ], [ %listsize, %measurelist ]
+  %samesize = icmp eq i64 %size, %leaves
+  br i1 %samesize, label %leaf, label %differs
 
 leaf:
-  %i = phi i64 [ 0, %column ], [ %inext, %leafend ]
-  %array = call ptr @PyList_GetItem(ptr %list, i64 %i)
+  %i = phi i64 [ 0, %measured ], [ %inext, %leafend ]
+  %gap = phi i64 [ 0, %measured ], [ %gapnext, %leafend ]
+  br i1 %isdict, label %fromdict, label %fromlist
+
+fromdict:
+  %there = call i32 @PyDict_Next(ptr %container, ptr %position, ptr %key, ptr %value)
+  %nameat = getelementptr ptr, ptr %names, i64 %i
+  %wantname = load ptr, ptr %nameat
+  %name = load ptr, ptr %key
+  %samename = icmp eq ptr %name, %wantname
+  %rightname = or i1 %samename, %isslot ; where slots lie tells which they are
+  %dictarray = load ptr, ptr %value
+  br i1 %rightname, label %found_array, label %differs
+
+fromlist:
+  %listarray = call ptr @PyList_GetItem(ptr %container, i64 %i)
+  br label %found_array
+
+found_array:
+  %array = phi ptr [ %dictarray, %fromdict ], [ %listarray, %fromlist ]
   %number = add i64 %firstrecord, %i
+  %arrayp = getelementptr ptr, ptr %arrays, i64 %number
+  store ptr %array, ptr %arrayp
   %word = mul i64 %number, 6
   %record = getelementptr i64, ptr %records, i64 %word
   br i1 %isgradient, label %gradient, label %look
@@ -156,11 +298,23 @@ refresh:
   %r5 = getelementptr i64, ptr %record, i64 5
   %bytes = load i64, ptr %r5
   %dataend = add i64 %data, %bytes
-  br label %search
+  %known = icmp slt i64 %gap, %intervals
+  br i1 %known, label %guess, label %search
+
+guess: ; gradients tend to lie side by side: between the same two written arrays as the one before
+  %abovep = getelementptr i64, ptr %starts, i64 %gap
+  %nextabove = load i64, ptr %abovep
+  %isbelow = icmp ule i64 %dataend, %nextabove
+  %gapbefore = add i64 %gap, -1
+  %belowp = getelementptr i64, ptr %ends, i64 %gapbefore
+  %nextbelow = load i64, ptr %belowp
+  %isabove = icmp ule i64 %nextbelow, %data
+  %free = and i1 %isbelow, %isabove
+  br i1 %free, label %leafend, label %search
 
 search:
-  %low = phi i64 [ 0, %refresh ], [ %low2, %probe ]
-  %high = phi i64 [ %intervals, %refresh ], [ %high2, %probe ]
+  %low = phi i64 [ 0, %refresh ], [ 0, %guess ], [ %low2, %probe ]
+  %high = phi i64 [ %intervals, %refresh ], [ %intervals, %guess ], [ %high2, %probe ]
   %open = icmp slt i64 %low, %high
   br i1 %open, label %probe, label %found
 
@@ -186,6 +340,7 @@ overlap:
   br i1 %touches, label %differs, label %leafend
 
 leafend:
+  %gapnext = phi i64 [ %gap, %gradient ], [ %gap, %written ], [ %gap, %guess ], [ %low, %found ], [ %low, %overlap ]
   %inext = add i64 %i, 1
   %moreleaves = icmp slt i64 %inext, %leaves
   br i1 %moreleaves, label %leaf, label %columnend
@@ -241,25 +396,27 @@ def available() -> bool:
     return _layout_as_expected()
 
 
-def _function() -> tuple[Any, Any]:
-    """The compiled function and the module it lives in."""
+def _functions() -> tuple[Any, Any, Any]:
+    """The compiled functions and the module they live in."""
     with compiling:
         return _compiled()
 
 
 @cache
-def _compiled() -> tuple[Any, Any]:
+def _compiled() -> tuple[Any, Any, Any]:
     import llvmlite.binding as llvm
 
     from .jit import Module
 
-    for name in ("PyTuple_GetItem", "PyList_GetItem"):
+    for name in re.findall(r"^declare .* @(\w+)", _ASSEMBLY, re.MULTILINE):
         address = ctypes.cast(getattr(ctypes.pythonapi, name), ctypes.c_void_p).value
         llvm.add_symbol(name, address)
     module = Module(_ASSEMBLY, vectorize=False)  # it is in its final form, so compile it quickly
     # PYFUNCTYPE: the interpreter's lock is held, as for any extension module that looks at objects.
-    prototype = ctypes.PYFUNCTYPE(ctypes.c_int64, ctypes.py_object, ctypes.c_void_p)
-    return prototype(module.address("scan")), module
+    pointer = ctypes.c_void_p
+    scan = ctypes.PYFUNCTYPE(ctypes.c_int64, ctypes.py_object, pointer, pointer)
+    step = ctypes.PYFUNCTYPE(ctypes.c_int64, ctypes.py_object, pointer, pointer, pointer)
+    return scan(module.address("scan")), step(module.address("step")), module
 
 
 class Scanner:
@@ -267,36 +424,89 @@ class Scanner:
 
     ``cells[column][leaf]`` is the address of the table's cell for that array's pointer, ``lengths[leaf]`` the address
     of the leaf's length and the length. Arrays that are written must stay where they are; gradients
-    may be anywhere that no written array is, or None.
+    may be anywhere that no written array is, or None. ``names`` are the keys of a dict of parameters.
     """
 
-    def __init__(self, columns: list[list[Any]], cells: list[list[int]], lengths: list[tuple[int, int]]) -> None:
+    def __init__(
+        self,
+        columns: list[list[Any]],
+        names: list[Any],
+        cells: list[list[int]],
+        lengths: list[tuple[int, int]],
+    ) -> None:
         leaves = len(columns[0])
         written = [array for j, column in enumerate(columns) if j != 1 for array in column]
-        self._axes: list[np.ndarray] = []  # the records hold the addresses of these, and of these dtypes
+        # The records hold the addresses of these, and of these dtypes.
+        width = 2 * max((array.ndim for column in columns for array in column if array is not None), default=0)
+        self._axes = np.zeros((len(columns), leaves, width), np.int64)
         self._dtypes: list[np.dtype] = []
         records = np.zeros((len(columns), leaves, 6), np.int64)
         for j, column in enumerate(columns):
             for i, array in enumerate(column):
                 if array is not None:
-                    records[j, i] = self._record(array, cells[j][i], j != 1)
+                    records[j, i] = self._record(array, self._axes[j, i], cells[j][i], j != 1)
         spans = sorted((a.ctypes.data, a.ctypes.data + a.nbytes) for a in written if a.nbytes)
         starts = np.array([start for start, _ in spans], np.int64)
-        ends = np.array([end for _, end in spans], np.int64)
+        ends = np.array([0, *(end for _, end in spans)], np.int64)[1:]  # before the first is nothing: it ends at 0
         pairs = np.array(lengths, np.int64)
+        keys = np.array([id(name) for name in names], np.int64)
         addresses = [records.ctypes.data, pairs.ctypes.data, len(spans), starts.ctypes.data, ends.ctypes.data]
-        self._context = np.array([len(columns), leaves, *addresses, id(None), id(np.ndarray)], np.int64)
-        self._kept = (records, pairs, starts, ends)  # the context holds their addresses
-        self._at = self._context.ctypes.data
-        self._scan, self._module = _function()
+        types = [id(None), id(np.ndarray), id(dict)]
+        self._found = np.zeros(len(columns) * leaves, np.int64)
+        words = [len(columns), leaves, *addresses, *types, keys.ctypes.data, self._found.ctypes.data]
+        self._context = np.array(words, np.int64)
+        self._lists = np.full(len(columns), id(list), np.int64)
+        self._kept = (records, pairs, starts, ends, keys, names)  # the context holds their addresses
+        self.at, self._lists_at = self._context.ctypes.data, self._lists.ctypes.data
+        self.columns = len(columns)
+        self._scan, self._module = _functions()[::2]
 
-    def _record(self, array: Any, cell: int, is_written: bool) -> list[int]:
-        axes = np.array([*array.shape, *array.strides], np.int64)
-        self._axes.append(axes)
+    def _record(self, array: Any, axes: np.ndarray, cell: int, is_written: bool) -> list[int]:
+        axes[: 2 * array.ndim] = [*array.shape, *array.strides]
         self._dtypes.append(array.dtype)
         flags = _WRITEABLE if is_written else 0
         return [id(array.dtype), flags, array.ndim, axes.ctypes.data, cell, array.nbytes]
 
     def unchanged(self, columns: tuple[list[Any], ...]) -> bool:
         """Whether all is as before; the gradients' pointers and the lengths are then up to date."""
-        return self._scan(columns, self._at) == 0
+        return self._scan(columns, self.at, self._lists_at) == 0
+
+
+class Direct:
+    """A whole step as one call: `Scanner.unchanged` for the containers themselves, not for lists of what they hold, and
+    then the kernel.
+
+    ``container`` is the type of parameters and gradients, dict or list; ``calls`` and ``elements`` are those of
+    `cpu.Plan.only_job`.
+    """
+
+    def __init__(self, scanner: Scanner, container: type, calls: list[int], elements: int) -> None:
+        self._scanner, self._work = scanner, crew.Work(elements)
+        self._kinds = np.full(scanner.columns, id(dict), np.int64)
+        self._kinds[:2] = id(container)
+        self._calls = (ctypes.c_int64 * 11)(*calls, crew.together(), 0, 0, 0, elements > _BRIEF, 0)
+        self._addresses = scanner.at, self._kinds.ctypes.data, ctypes.addressof(self._calls)
+        self._step = _functions()[1]
+
+    @staticmethod
+    def possible(arrays: int, elements: int) -> bool:
+        return elements <= _BRIEF or arrays <= _MOST
+
+    def run(self, containers: tuple[Any, ...]) -> bool:
+        """Whether the step was made. It is not if anything may have changed, as when a key is another object."""
+        calls = self._calls
+        calls[_MADE] = 0
+        helpers, calls[_PATIENCE] = crew.hired(self._work)
+        calls[_HELPERS] = len(helpers)
+        if helpers:
+            boxes = crew.boxes(helpers)
+            calls[_BOXES] = ctypes.addressof(boxes)
+        try:
+            return self._step(containers, *self._addresses) == 0
+        finally:
+            crew.dismiss(helpers)
+
+    @property
+    def made(self) -> bool:
+        """Whether the latest call made its step; to be asked where an interrupt hid what `run` returned."""
+        return bool(self._calls[_MADE])

@@ -2,7 +2,7 @@
 
 A kernel walks a table of rows, one row a tensor: length, start, scalar block, then a pointer for each buffer. ``start``
 is where the row's elements begin in one long line of all rows, so that the line can be cut into tasks
-which any number of threads take in turn. Only IEEE operations are used and no fast-math flag is ever
+for any number of threads. Only IEEE operations are used and no fast-math flag is ever
 set, so neither vectorising nor threading changes a bit.
 """
 
@@ -52,19 +52,79 @@ exit:
 }
 """
 
-# Takes tasks of `grain` elements off the cursor until none is left, and hands each row's share on.
-_DRIVER = """\
-define void @run(ptr %table, i64 %rows, ptr %scalars, ptr %cursor, i64 %grain, i64 %total, ptr %sums) {{
+# A job's tasks are shared out evenly; each worker goes through its own share, in order, and then helps with the others.
+# So the same data meets the same CPU in every step, with a cache that may still hold it. The first words of a job
+# are the address of the shares' cursors, 64 bytes apart (each in a cache line of its own), and the number of workers.
+TASKS = """\
+define internal i64 @next_task(ptr %job, i64 %worker, i64 %tasks, ptr %visited) {
 entry:
+  %shares = load ptr, ptr %job
+  %workersp = getelementptr i64, ptr %job, i64 1
+  %workers = load i64, ptr %workersp
+  br label %visit
+visit:
+  %v = load i64, ptr %visited
+  %over = icmp sge i64 %v, %workers
+  br i1 %over, label %none, label %take
+take:
+  %place = add i64 %worker, %v
+  %share = urem i64 %place, %workers
+  %behind = add i64 %share, 1
+  %lowpart = mul i64 %tasks, %share
+  %highpart = mul i64 %tasks, %behind
+  %low = udiv i64 %lowpart, %workers
+  %high = udiv i64 %highpart, %workers
+  %offset = mul i64 %share, 64
+  %cursor = getelementptr i8, ptr %shares, i64 %offset
+  %number = atomicrmw add ptr %cursor, i64 1 monotonic
+  %task = add i64 %low, %number
+  %some = icmp slt i64 %task, %high
+  br i1 %some, label %found, label %move
+move:
+  %vnext = add i64 %v, 1
+  store i64 %vnext, ptr %visited
+  br label %visit
+found:
+  ret i64 %task
+none:
+  ret i64 -1
+}
+"""
+
+# Takes tasks of `grain` elements until none is left, and hands each row's share on.
+# The job's words: cursors, workers, table, rows, scalars, grain, total, sums.
+_DRIVER = """\
+define void @run(ptr %job, i64 %worker) {{
+entry:
+  %visited = alloca i64
+  store i64 0, ptr %visited
+  %j2 = getelementptr i64, ptr %job, i64 2
+  %table = load ptr, ptr %j2
+  %j3 = getelementptr i64, ptr %job, i64 3
+  %rows = load i64, ptr %j3
+  %j4 = getelementptr i64, ptr %job, i64 4
+  %scalars = load ptr, ptr %j4
+  %j5 = getelementptr i64, ptr %job, i64 5
+  %grain = load i64, ptr %j5
+  %j6 = getelementptr i64, ptr %job, i64 6
+  %total = load i64, ptr %j6
+  %j7 = getelementptr i64, ptr %job, i64 7
+  %sums = load ptr, ptr %j7
+  %beyond = add i64 %total, %grain
+  %last = sub i64 %beyond, 1
+  %tasks = udiv i64 %last, %grain
   br label %task
 task:
-  %first = phi i64 [ 0, %entry ], [ %skipped, %tasknext ]
-  %number = atomicrmw add ptr %cursor, i64 1 monotonic
-  %low = mul i64 %number, %grain
-  %over = icmp sge i64 %low, %total
+  %before = phi i64 [ 0, %entry ], [ %number, %tasknext ]
+  %reached = phi i64 [ 0, %entry ], [ %skipped, %tasknext ]
+  %number = call i64 @next_task(ptr %job, i64 %worker, i64 %tasks, ptr %visited)
+  %over = icmp slt i64 %number, 0
   br i1 %over, label %exit, label %seek
 seek:
+  %low = mul i64 %number, %grain
   %high = add i64 %low, %grain
+  %onward = icmp sge i64 %number, %before
+  %first = select i1 %onward, i64 %reached, i64 0 ; rows before it lie before the task
   br label %row
 row:
   %r = phi i64 [ %first, %seek ], [ %rnext, %rownext ]
@@ -136,8 +196,8 @@ def with_subnormals(text: str, names: tuple[str, ...]) -> str:
 
 
 def assembly(program: Program) -> str:
-    """The whole module: ``prologue(inputs, scalars)`` and ``run(table, rows, scalars, cursor, grain, total, sums)``."""
-    parts = [f"; {program.name!r}, {program.compute}", _INTEGER_POWER, _prologue(program)]
+    """The whole module: ``prologue(inputs, scalars)`` and ``run(job, worker)``."""
+    parts = [f"; {program.name!r}, {program.compute}", _INTEGER_POWER, TASKS, _prologue(program)]
     parts.append(_chunk(program) if program.reduces is not None else _elements(program))
     parts.append(_driver(program))
     parts.extend(

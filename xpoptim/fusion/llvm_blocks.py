@@ -14,6 +14,7 @@ from .llvm import (
     _REAL,
     _STORED,
     _SUFFIX,
+    TASKS,
     _load,
     _load_scalars,
     _operand,
@@ -24,11 +25,26 @@ from .llvm import (
 )
 from .program import BlockProgram, Node
 
-# Tasks of `grain` blocks are taken off the cursor until none is left. A last block that is not full goes through memory
+# Takes tasks of `grain` blocks until none is left. The job's words: cursors, workers, x, y, numbers, scalars, words,
+# grain. A last block that is not full goes through memory
 # of the function's own.
 _RUN = """\
-define void @run(ptr %x, ptr %y, i64 %numbers, ptr %scalars, ptr %words, ptr %cursor, i64 %grain) {{
+define void @run(ptr %job, i64 %worker) {{
 entry:
+  %visited = alloca i64
+  store i64 0, ptr %visited
+  %j2 = getelementptr i64, ptr %job, i64 2
+  %x = load ptr, ptr %j2
+  %j3 = getelementptr i64, ptr %job, i64 3
+  %y = load ptr, ptr %j3
+  %j4 = getelementptr i64, ptr %job, i64 4
+  %numbers = load i64, ptr %j4
+  %j5 = getelementptr i64, ptr %job, i64 5
+  %scalars = load ptr, ptr %j5
+  %j6 = getelementptr i64, ptr %job, i64 6
+  %words = load ptr, ptr %j6
+  %j7 = getelementptr i64, ptr %job, i64 7
+  %grain = load i64, ptr %j7
   %rest = alloca [{width} x {stored}], align 64
   %full = udiv i64 %numbers, {width}
   %done = mul i64 %full, {width}
@@ -36,13 +52,16 @@ entry:
   %ragged = icmp ne i64 %left, 0
   %one = zext i1 %ragged to i64
   %total = add i64 %full, %one
+  %reach = add i64 %total, %grain
+  %most = sub i64 %reach, 1
+  %tasks = udiv i64 %most, %grain
   br label %task
 task:
-  %number = atomicrmw add ptr %cursor, i64 1 monotonic
-  %low = mul i64 %number, %grain
-  %over = icmp sge i64 %low, %total
+  %number = call i64 @next_task(ptr %job, i64 %worker, i64 %tasks, ptr %visited)
+  %over = icmp slt i64 %number, 0
   br i1 %over, label %exit, label %work
 work:
+  %low = mul i64 %number, %grain
   %beyond = add i64 %low, %grain
   %high = call i64 @llvm.smin.i64(i64 %beyond, i64 %full)
   %some = icmp slt i64 %low, %high
@@ -75,10 +94,10 @@ declare void @llvm.memcpy.p0.p0.i64(ptr, ptr, i64, i1)
 
 
 def assembly(program: BlockProgram, *, in_place: bool) -> str:
-    """The module: ``prologue(inputs, scalars)`` and ``run(x, y, numbers, scalars, words, cursor, grain)``."""
+    """The module: ``prologue(inputs, scalars)`` and ``run(job, worker)``."""
     dtype = _real_type(program.buffers[0])
     call = "i64 %low, i64 %high, ptr %x, ptr %scalars, ptr %words"
-    parts = [_INTEGER_POWER, _prologue(program), _blocks(program, "in_place", same=True)]
+    parts = [_INTEGER_POWER, TASKS, _prologue(program), _blocks(program, "in_place", same=True)]
     if not in_place:
         call = "i64 %low, i64 %high, ptr %x, ptr %y, ptr %scalars, ptr %words"
         parts.append(_blocks(program, "blocks", same=False))

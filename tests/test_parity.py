@@ -601,3 +601,79 @@ def test_rounding_to_16_bits(source: str, target: str) -> None:
     with xo.engine("fused"), threads(2):
         xo.SGD(lr=1.0).update(params, {"p": values})
     assert_same_tree(params["p"], expected, "rounded")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a kernel cannot walk goes through dense copies: the same bits, in the same arrays.
+
+
+def transposed(a: np.ndarray) -> np.ndarray:
+    return np.asfortranarray(a)
+
+
+def reversed_(a: np.ndarray) -> np.ndarray:
+    return a[::-1].copy()[::-1]
+
+
+def swapped(a: np.ndarray) -> np.ndarray:
+    return a.astype(a.dtype.newbyteorder())
+
+
+def spread(a: np.ndarray) -> np.ndarray:
+    return np.repeat(a, 2, axis=1)[:, ::2]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "complex64"])
+@pytest.mark.parametrize("clip_norm", [None, 0.5])
+@pytest.mark.parametrize("p_layout", [np.asarray, transposed, reversed_, swapped, spread])
+@pytest.mark.parametrize("g_layout", [np.asarray, transposed, reversed_, swapped, spread])
+def test_any_two_layouts(p_layout: Any, g_layout: Any, clip_norm: float | None, dtype: str) -> None:
+    if dtype == "bfloat16" and swapped in (p_layout, g_layout):
+        pytest.skip("ml_dtypes has no bfloat16 of the other byte order")
+    kind, rng = DTYPES[dtype], np.random.default_rng(0)
+    start = rng.standard_normal((6, 5)).astype(kind)
+    gradients = [rng.standard_normal((6, 5)).astype(kind) for _ in range(4)]
+
+    def run() -> tuple[Any, Any]:
+        opt = make_optimizer("Adam", clip_norm=clip_norm)
+        params = {"a": p_layout(start.copy()), "b": start.copy()}
+        home = params["a"]
+        for step, g in enumerate(gradients):
+            layout = g_layout if step != 2 else np.asarray
+            opt.update(params, {"a": layout(g), "b": layout(g)})
+        assert params["a"] is home
+        return params, opt.state
+
+    found = run()
+    with xo.engine("reference"):
+        assert_same_tree(found, run())
+
+
+@pytest.mark.parametrize("p_dtype", ["complex64", "complex128"])
+@pytest.mark.parametrize("g_dtype", REAL_DTYPES)
+def test_real_gradients_of_complex_parameters(p_dtype: str, g_dtype: str) -> None:
+    start = random_values(np.random.default_rng(1), (7,), DTYPES[p_dtype])
+    g = random_values(np.random.default_rng(2), (7,), DTYPES[g_dtype], special=0.5)
+
+    def run() -> tuple[Any, Any]:
+        opt, params = make_optimizer("Adam"), {"a": start.copy()}
+        for _ in range(3):
+            opt.update(params, {"a": g})
+        return params, opt.state
+
+    found = run()
+    with xo.engine("reference"):
+        assert_same_tree(found, run())
+
+
+def test_a_gradient_of_another_layout_is_read_anew_in_every_step() -> None:
+    """It goes through a buffer: what the buffer holds from the last step must never be used."""
+    opt, params = xo.SGD(lr=1.0), {"a": np.zeros((4, 3)), "b": np.zeros(2)}
+    for step in range(1, 6):
+        opt.update(params, {"a": np.full((3, 4), float(step)).T, "b": np.ones(2)})
+        assert (params["a"] == -step * (step + 1) / 2).all()
+    opt.update(params, {"a": None, "b": np.ones(2)})
+    assert (params["a"] == -15).all()
+    shared = params["a"].base if params["a"].base is not None else params["a"]
+    opt.update(params, {"a": shared.reshape(3, 4).T, "b": np.ones(2)})  # overlaps what is written: acts as if copied
+    assert (params["a"] == 0).all()

@@ -449,6 +449,7 @@ class Optimizer:
             return False
         if ready.on_gpu:
             return self._again_on_gpu(ready, values)
+        ready.copy(columns)
         if recipe.reductions:
             sums = ready.plan.squares(values, ready.odd(columns))
             values.append(finite_norm(ready.gradient_names, dict(zip(ready.keys, sums.tolist(), strict=True))))

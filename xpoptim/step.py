@@ -11,7 +11,7 @@ from .engines.ready import Ready, ready
 from .engines.selection import selected
 from .fusion.norm import add_in_order
 from .leaves import Leaf, replaced, resolve_gradient, resolve_parameter
-from .memory import Written, copied, extent, overlapping_pair, overlaps_itself
+from .memory import Written, copied, dense_alike, extent, overlapping_pair, overlaps_itself
 from .recipe import Recipe
 
 
@@ -135,31 +135,34 @@ class Step:
             self.counter.expected += 1
         elif self.gpu_plan is not None:
             self.gpu_plan.run(self.values)
-        if self.staged:
-            from .engines.cuda import unstage
-
-            for leaf, copy in self.staged:
-                unstage(leaf, copy)
+        for leaf, copy in self.staged:
+            _engine(leaf).unstage(leaf, copy)
         for i, leaf in enumerate(self.others):
             reference.write(leaf, self._computed(leaf) if self._results is None else self._results[i])
 
     def ready(self, params: Any) -> Ready | None:
-        """What the next step can start from, if one engine served every leaf as it stands; else None."""
-        if self.staged or self.others:
+        """What the next step can start from, if one engine served every leaf; else None."""
+        if self.others or any(not _gradient_alone(leaf, copy) for leaf, copy in self.staged):
             return None
         if len(self.cpu) == len(self.leaves):
-            return ready(self.recipe, self.cpu_plan, self.leaves, params)
+            return ready(self.recipe, self.cpu_plan, self.cpu, params, [leaf.g for leaf in self.leaves])
         # Without a counter a norm over GPUs takes the host, which only a full step does.
         if len(self.gpu) == len(self.leaves) and (self.counter is not None or not self.recipe.reductions):
-            return ready(self.recipe, self.gpu_plan, self.leaves, params)
+            return ready(self.recipe, self.gpu_plan, self.gpu, params, [leaf.g for leaf in self.leaves])
         return None
+
+
+def _gradient_alone(leaf: Leaf, copy: Leaf) -> bool:
+    """Whether a NumPy leaf is served through a copy of nothing but a gradient that is dense in its own way."""
+    kept = all(new is old for new, old in zip((copy.p, *copy.slots), (leaf.p, *leaf.slots), strict=True))
+    return leaf.space == "numpy" and kept and copy.g.dtype == leaf.g.dtype and dense_alike([leaf.g])
 
 
 Divided = tuple[list[Leaf], list[Leaf], list[Leaf], list[tuple[Leaf, Leaf]]]
 
 
 def _divided(recipe: Recipe, leaves: list[Leaf]) -> Divided:
-    """The leaves for the CPU's kernels, the GPU's, and the reference engine; and those that the GPU gets as copies."""
+    """The leaves for the CPU's kernels, the GPU's, and the reference engine; and those served as copies."""
     engine = selected()
     cpu: list[Leaf] = []
     gpu: list[Leaf] = []
@@ -170,38 +173,42 @@ def _divided(recipe: Recipe, leaves: list[Leaf]) -> Divided:
         if reason and engine == "fused" and leaf.g is not None:
             place = leaf.named("params")
             raise ValueError(f'{place} cannot take the fused path: {reason} (xo.engine("auto") allows it)')
+        fused = cpu if leaf.space == "numpy" else gpu
         if engine == "reference" or (reason and not _stageable(recipe, leaf)):
             if leaf.g is not None:
                 others.append(leaf)
-        elif leaf.space == "numpy":
-            cpu.append(leaf)
         elif not reason:
-            gpu.append(leaf)
+            fused.append(leaf)
         elif leaf.g is not None:
-            from .engines import cuda
-
-            staged.append((leaf, cuda.staged(leaf)))
-            gpu.append(staged[-1][1])
+            staged.append((leaf, _engine(leaf).staged(leaf)))
+            fused.append(staged[-1][1])
     return cpu, gpu, others, staged
 
 
+def _engine(leaf: Leaf) -> Any:
+    """The fused engine for a leaf's arrays, or None."""
+    if leaf.space == "numpy":
+        from .engines import cpu
+
+        return cpu
+    if leaf.space == "cupy":
+        from .engines import cuda
+
+        return cuda
+    return None
+
+
 def _stageable(recipe: Recipe, leaf: Leaf) -> bool:
-    """Whether a leaf with an obstacle gets a kernel through dense copies: CuPy's own arithmetic flushes subnormals."""
-    return recipe.fused and leaf.space == "cupy"
+    """Whether a leaf with an obstacle gets a kernel through dense copies."""
+    engine = _engine(leaf)
+    return recipe.fused and engine is not None and engine.stageable(leaf)
 
 
 def _obstacle(recipe: Recipe, leaf: Leaf) -> str:
     if not recipe.fused:
         return f"{recipe.name} says fused = False: it is plain Array API code"
-    if leaf.space == "numpy":
-        from .engines import cpu
-
-        return cpu.obstacle(leaf)
-    if leaf.space == "cupy":
-        from .engines import cuda
-
-        return cuda.obstacle(leaf)
-    return f"there is no fused engine for {leaf.space} arrays"
+    engine = _engine(leaf)
+    return engine.obstacle(leaf) if engine is not None else f"there is no fused engine for {leaf.space} arrays"
 
 
 def engine_for(recipe: Recipe, leaf: Leaf, with_gradient: bool) -> tuple[str, str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -62,11 +62,8 @@ def obstacle(leaf: Leaf) -> str:
         return "its bytes are not in the machine's order"
     if leaf.g is not None and leaf.dtype in PART and leaf.g_dtype not in PART:
         return f"its gradient is real ({leaf.g_dtype}) and it is complex"
-    if "float16" in (leaf.dtype, leaf.g_dtype):
-        from .jit import half_precision
-
-        if not half_precision():
-            return "this CPU has no instructions for float16"
+    if not stageable(leaf):
+        return "this CPU has no instructions for float16"
     if not dense_alike(arrays):
         if not dense_alike([leaf.p]):
             return f"the parameter is not dense (shape {leaf.p.shape}, strides {leaf.p.strides})"
@@ -92,6 +89,43 @@ class _Pass:
     def run(self, inputs: int, work: crew.Work) -> None:
         self.kernel.round(inputs, self.scalars_at)
         crew.run(self.kernel.run, self.job_at, work)
+
+
+def stageable(leaf: Leaf) -> bool:
+    """Whether a kernel can serve dense copies of what it cannot serve as it is."""
+    if "float16" not in (leaf.dtype, leaf.g_dtype):
+        return True
+    from .jit import half_precision
+
+    return half_precision()
+
+
+def staged(leaf: Leaf) -> Leaf:
+    """The leaf through dense copies, of its gradient alone where that is enough. `unstage` brings the results home."""
+    copy = replace(leaf, p=_native(leaf.p), slots=[_native(slot) for slot in leaf.slots])
+    if not dense_alike([copy.p, *copy.slots]):
+        copy.p, copy.slots = _in_c_order(copy.p), [_in_c_order(slot) for slot in copy.slots]
+    dtype = leaf.g.dtype.newbyteorder("=")
+    if leaf.dtype in PART and leaf.g_dtype not in PART:
+        dtype = np.result_type(dtype, np.complex64)
+        copy.g_dtype = dtype.name
+    copy.g = np.empty_like(copy.p, dtype=dtype)
+    copy.g[...] = leaf.g
+    return copy
+
+
+def unstage(leaf: Leaf, copy: Leaf) -> None:
+    for old, new in zip((leaf.p, *leaf.slots), (copy.p, *copy.slots), strict=True):
+        if new is not old:
+            old[...] = new
+
+
+def _native(a: np.ndarray) -> np.ndarray:
+    return a if a.dtype.isnative else a.astype(a.dtype.newbyteorder("="))
+
+
+def _in_c_order(a: np.ndarray) -> np.ndarray:
+    return np.asarray(a, order="C")
 
 
 @dataclass

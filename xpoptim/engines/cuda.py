@@ -173,6 +173,11 @@ def obstacle(leaf: Leaf) -> str:
     return ""
 
 
+def stageable(leaf: Leaf) -> bool:
+    """Always: CuPy's own arithmetic would flush subnormals."""
+    return leaf.space == "cupy"
+
+
 def staged(leaf: Leaf) -> Leaf:
     """The leaf through dense copies, for what a kernel cannot walk. `unstage` brings the results home."""
     dtype = leaf.g_dtype

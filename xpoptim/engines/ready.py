@@ -13,17 +13,26 @@ from ..recipe import Recipe
 class Ready:
     """For arrays of one engine. ``watch`` compares the arrays, ``skeleton`` the containers around them.
 
-    ``direct``, where there is one, makes the whole step in one call.
+    ``direct``, where there is one, makes the whole step in one call. ``copies`` are gradients that the plan reads in
+    place of those of other layout, by the leaves' places.
     """
 
     def __init__(
-        self, recipe: Recipe, plan: Any, leaves: list[Leaf], watch: Any, skeleton: Skeleton, direct: Any = None
+        self,
+        recipe: Recipe,
+        plan: Any,
+        leaves: list[Leaf],
+        watch: Any,
+        skeleton: Skeleton,
+        *,
+        direct: Any = None,
+        copies: dict[int, Any] | None = None,
     ) -> None:
         self.recipe, self.plan, self._watch, self.direct = recipe, plan, watch, direct
         self.keys = [leaf.key for leaf in leaves]
         self.gradient_names = {leaf.key: leaf.named("grads") for leaf in leaves}
         self.on_gpu = leaves[0].space == "cupy"
-        self._shape = skeleton
+        self._shape, self._copies = skeleton, copies or {}
         self._odd = [i for i, x in enumerate(leaves) if x.g is not None and not x.g.flags.c_contiguous]
 
     def columns(self, params: Any, grads: Any, slots: dict[str, dict[str, Any]]) -> list[list[Any]] | None:
@@ -45,16 +54,25 @@ class Ready:
         """Whether the arrays are what they were; the plan is then up to date with where the gradients lie."""
         return self._watch.unchanged(tuple(columns))
 
+    def copy(self, columns: list[list[Any]]) -> None:
+        """Bring the gradients of other layout to where the plan reads them."""
+        for i, copy in self._copies.items():
+            if columns[1][i] is not None:
+                copy[...] = columns[1][i]
+
     def odd(self, columns: list[Any]) -> dict[int, Any]:
         """The gradients that do not lie in C order."""
         return {i: columns[1][i] for i in self._odd if columns[1][i] is not None}
 
 
-def ready(recipe: Recipe, plan: Any, leaves: list[Leaf], params: Any) -> Ready | None:
-    """What the next step can start from, if every leaf was a plain array; else None."""
+def ready(recipe: Recipe, plan: Any, leaves: list[Leaf], params: Any, grads: list[Any]) -> Ready | None:
+    """What the next step can start from, if every leaf was a plain array; else None.
+
+    ``grads`` are the gradients as they were given: some ``leaves`` may have copies of other layout.
+    """
     if any(x.p is not x.given for x in leaves):
         return None
-    columns = [[x.p for x in leaves], [x.g for x in leaves]]
+    columns = [[x.p for x in leaves], grads]
     columns += [[x.slots[k] for x in leaves] for k in range(len(recipe.slots))]
     if leaves[0].space == "cupy":
         from .cuda import Watch
@@ -64,8 +82,13 @@ def ready(recipe: Recipe, plan: Any, leaves: list[Leaf], params: Any) -> Ready |
 
     if not scan.available() or any(type(x.p) is not np.ndarray for x in leaves):
         return None
-    scanner = scan.Scanner(columns, [leaf.index for leaf in leaves], *plan.cells())
-    return Ready(recipe, plan, leaves, scanner, skeleton(params), _direct(plan, scanner, leaves, params))
+    copies = {i: x.g for i, x in enumerate(leaves) if x.g is not grads[i]}
+    cells, lengths = plan.cells()
+    for i in copies:
+        cells[1][i] = scan.nowhere()
+    scanner = scan.Scanner(columns, [leaf.index for leaf in leaves], cells, lengths)
+    direct = None if copies else _direct(plan, scanner, leaves, params)
+    return Ready(recipe, plan, leaves, scanner, skeleton(params), direct=direct, copies=copies)
 
 
 def _direct(plan: Any, scanner: Any, leaves: list[Leaf], params: Any) -> Any:

@@ -419,6 +419,14 @@ def _compiled() -> tuple[Any, Any, Any]:
     return scan(module.address("scan")), step(module.address("step")), module
 
 
+_NOWHERE = ctypes.c_int64()
+
+
+def nowhere() -> int:
+    """A cell for the pointer of an array that no kernel reads."""
+    return ctypes.addressof(_NOWHERE)
+
+
 class Scanner:
     """Compares columns of arrays (parameters, gradients, then each slot) with what they were when it was made.
 

@@ -2117,3 +2117,50 @@ def test_a_hyperparameter_cannot_be_deleted() -> None:
     with pytest.raises(AttributeError, match="lr"):
         del opt.lr
     assert opt.lr == 0.5
+
+
+# ---- Numbers among the parameters, step after step ----------------------------------------------------------
+
+NUMBER_STEPS: list[Any] = [1.0, 2, np.float64(0.5), None, -3, np.array(0.25), 1.5, np.float32(2.0), 0.0, 10**30]
+
+
+@pytest.mark.parametrize("container", [dict, list])
+@pytest.mark.parametrize("kind", [float, np.float64, np.float32, np.float16, np.complex64])
+@pytest.mark.parametrize("clip_norm", [None, 0.5])
+def test_numbers_among_arrays_step_after_step(kind: Any, container: Any, clip_norm: float | None) -> None:
+    def run() -> tuple[Any, Any]:
+        opt = make_optimizer("Adam", clip_norm=clip_norm)
+        values = [kind(2.0), np.ones(3), kind(-1.0)]
+        params: Any = values if container is list else dict(zip("abc", values, strict=True))
+        for step, g in enumerate([*NUMBER_STEPS, *NUMBER_STEPS[:3]]):
+            grads = [g, np.full(3, float(step)), 1.0]
+            if step % 4 == 3:  # another container, and a number that the user has changed
+                params = params.copy()
+                params[0 if container is list else "a"] = kind(step)
+            opt.update(params, grads if container is list else dict(zip("abc", grads, strict=True)))
+            assert type(params[2 if container is list else "c"]) is kind
+        return params, opt.state
+
+    found = run()
+    with xo.engine("reference"):
+        assert_same_tree(found, run())
+
+
+@pytest.mark.parametrize("wrong", [True, 10**400, "1.0", 1j, np.ones(1), np.int64(1)])
+def test_a_bad_gradient_of_a_number_at_a_later_step(engine: str, wrong: Any) -> None:
+    opt, params = xo.Momentum(), {"a": 1.0, "b": np.ones(2)}
+    for _ in range(3):
+        opt.update(params, {"a": 0.5, "b": np.ones(2)})
+    before = frozen(params), frozen_state(opt)
+    with pytest.raises((TypeError, ValueError), match=r"grads\['a'\]"):
+        opt.update(params, {"a": wrong, "b": np.ones(2)})
+    assert (frozen(params), frozen_state(opt)) == before
+
+
+def test_numbers_in_a_tuple_at_a_later_step() -> None:
+    opt, params = xo.SGD(), [1.0, 2.0]
+    opt.update(params, [1.0, 1.0])
+    opt.update(params, [1.0, 1.0])
+    with pytest.raises(TypeError, match="apply"):
+        opt.update((1.0, 2.0), [1.0, 1.0])
+    assert opt.state["step"] == 2

@@ -455,6 +455,7 @@ class Optimizer:
             values.append(finite_norm(ready.gradient_names, dict(zip(ready.keys, sums.tolist(), strict=True))))
         state["step"] += 1  # first, as above
         ready.plan.run(values)
+        ready.rebind(params, columns)
         return True
 
     def _directly(self, ready: Ready, params: Any, grads: Any) -> bool:

@@ -10,11 +10,37 @@ from ..leaves import Leaf, Skeleton, gather, skeleton
 from ..recipe import Recipe
 
 
+class _Box:
+    """The arrays that stand for a number among the parameters and for its gradient."""
+
+    def __init__(self, leaf: Leaf) -> None:
+        self.index, self.kind = leaf.index, type(leaf.given)
+        self.p, self._g = leaf.p, np.zeros_like(leaf.g)
+        numbers = (float, int) if self._g.dtype == np.float64 else ()
+        self._kinds = (*numbers, self._g.dtype.type)
+
+    def gradient(self, p: Any, g: Any) -> Any:
+        """Take both values in; return the gradient as an array or None. ``TypeError``: they are of another kind now."""
+        if type(p) is not self.kind:
+            raise TypeError
+        self.p[()] = p
+        if g is None or type(g) is np.ndarray:
+            return g
+        if type(g) not in self._kinds:
+            raise TypeError
+        self._g[()] = g
+        return self._g
+
+    @property
+    def value(self) -> Any:
+        return self.p[()] if issubclass(self.kind, np.generic) else float(self.p)
+
+
 class Ready:
     """For arrays of one engine. ``watch`` compares the arrays, ``skeleton`` the containers around them.
 
     ``direct``, where there is one, makes the whole step in one call. ``copies`` are gradients that the plan reads in
-    place of those of other layout, by the leaves' places.
+    place of those of other layout, by the leaves' places; ``boxes`` stand for numbers, likewise.
     """
 
     def __init__(
@@ -27,12 +53,13 @@ class Ready:
         *,
         direct: Any = None,
         copies: dict[int, Any] | None = None,
+        boxes: dict[int, _Box] | None = None,
     ) -> None:
         self.recipe, self.plan, self._watch, self.direct = recipe, plan, watch, direct
         self.keys = [leaf.key for leaf in leaves]
         self.gradient_names = {leaf.key: leaf.named("grads") for leaf in leaves}
         self.on_gpu = leaves[0].space == "cupy"
-        self._shape, self._copies = skeleton, copies or {}
+        self._shape, self._copies, self._boxes = skeleton, copies or {}, boxes or {}
         self._odd = [i for i, x in enumerate(leaves) if x.g is not None and not x.g.flags.c_contiguous]
 
     def columns(self, params: Any, grads: Any, slots: dict[str, dict[str, Any]]) -> list[list[Any]] | None:
@@ -43,12 +70,30 @@ class Ready:
         columns: list[list[Any]] = [[], []]
         if not gather(params, self._shape, columns[0], exact=True) or not gather(grads, self._shape, columns[1]):
             return None
+        if self._boxes and not (isinstance(params, dict | list) and self._filled(columns)):
+            return None
         for name in self.recipe.slots:
             arrays = slots.get(name)
             if not isinstance(arrays, dict) or len(arrays) != len(self.keys):
                 return None
             columns.append(list(arrays.values()) if list(arrays) == self.keys else [arrays.get(k) for k in self.keys])
         return columns
+
+    def _filled(self, columns: list[list[Any]]) -> bool:
+        """Put arrays in the place of numbers. False if that cannot be done: the full step says why."""
+        try:
+            for i, box in self._boxes.items():
+                columns[1][i] = box.gradient(columns[0][i], columns[1][i])
+                columns[0][i] = box.p
+        except (TypeError, OverflowError):
+            return False
+        return True
+
+    def rebind(self, params: Any, columns: list[list[Any]]) -> None:
+        """Put the new numbers in the place of the old ones."""
+        for i, box in self._boxes.items():
+            if columns[1][i] is not None:
+                params[box.index] = box.value
 
     def unchanged(self, columns: list[list[Any]]) -> bool:
         """Whether the arrays are what they were; the plan is then up to date with where the gradients lie."""
@@ -70,7 +115,8 @@ def ready(recipe: Recipe, plan: Any, leaves: list[Leaf], params: Any, grads: lis
 
     ``grads`` are the gradients as they were given: some ``leaves`` may have copies of other layout.
     """
-    if any(x.p is not x.given for x in leaves):
+    numbers = {i for i, x in enumerate(leaves) if isinstance(x.given, float | np.generic)}
+    if any(x.p is not x.given for i, x in enumerate(leaves) if i not in numbers):
         return None
     columns = [[x.p for x in leaves], grads]
     columns += [[x.slots[k] for x in leaves] for k in range(len(recipe.slots))]
@@ -82,13 +128,16 @@ def ready(recipe: Recipe, plan: Any, leaves: list[Leaf], params: Any, grads: lis
 
     if not scan.available() or any(type(x.p) is not np.ndarray for x in leaves):
         return None
+    if any(leaves[i].home is not params or leaves[i].g is None for i in numbers):
+        return None
     copies = {i: x.g for i, x in enumerate(leaves) if x.g is not grads[i]}
     cells, lengths = plan.cells()
     for i in copies:
         cells[1][i] = scan.nowhere()
     scanner = scan.Scanner(columns, [leaf.index for leaf in leaves], cells, lengths)
-    direct = None if copies else _direct(plan, scanner, leaves, params)
-    return Ready(recipe, plan, leaves, scanner, skeleton(params), direct=direct, copies=copies)
+    direct = None if copies or numbers else _direct(plan, scanner, leaves, params)
+    boxes = {i: _Box(leaves[i]) for i in numbers}
+    return Ready(recipe, plan, leaves, scanner, skeleton(params), direct=direct, copies=copies, boxes=boxes)
 
 
 def _direct(plan: Any, scanner: Any, leaves: list[Leaf], params: Any) -> Any:

@@ -2164,3 +2164,138 @@ def test_numbers_in_a_tuple_at_a_later_step() -> None:
     with pytest.raises(TypeError, match="apply"):
         opt.update((1.0, 2.0), [1.0, 1.0])
     assert opt.state["step"] == 2
+
+
+# ---- Mistakes of newcomers ----------------------------------------------------------------------------------
+
+
+def test_a_wrong_engine_name_is_an_error_without_with() -> None:
+    with pytest.raises(ValueError, match="nonsense"):
+        xo.engine("nonsense")
+
+
+def test_a_parameter_that_is_a_slot(engine: str) -> None:
+    opt = xo.Momentum()
+    params = {"W": np.ones(3)}
+    opt.update(params, {"W": np.ones(3)})
+    slot = opt.state["slots"]["v"]["W"]
+    before = slot.copy()
+    with pytest.raises(ValueError, match=r"params\['W'\] and a slot of params\['W'\] share memory"):
+        opt.update({"W": slot}, {"W": np.ones(3)})
+    assert opt.state["step"] == 1
+    assert (slot == before).all()
+
+
+@pytest.mark.parametrize("params", [{"W": None}, iter([1]), {1, 2}, object()])
+def test_what_is_no_container(params: Any) -> None:
+    with pytest.raises(TypeError, match="nested in dicts, lists and tuples"):
+        xo.SGD().update(params, {"W": np.ones(1)} if isinstance(params, dict) else np.ones(1))
+
+
+def test_a_hyperparameter_without_annotation() -> None:
+    with pytest.raises(xo.TraceError, match=r"annotate it: lr: float = \.\.\."):
+
+        class Wrong(xo.Optimizer):
+            lr = 0.01
+
+            @staticmethod
+            def rule(xp, p, g, *, lr):
+                return p - lr * g
+
+
+def test_slots_that_are_a_string() -> None:
+    with pytest.raises(TypeError, match=r"it is a tuple of names, \('mom',\)"):
+
+        class Wrong(xo.Optimizer):
+            slots = "mom"  # type: ignore[assignment]
+
+            @staticmethod
+            def rule(xp, p, g, mom):
+                return p - g, mom
+
+
+@pytest.mark.parametrize("operation", [lambda p: p // 2, lambda p: p % 2, lambda p: 7 // p, lambda p: divmod(p, 2)])
+def test_operators_that_are_not_in_the_table(operation: Any) -> None:
+    with pytest.raises(xo.TraceError, match=r"Rule.rule uses //, % or divmod on its argument 'p'"):
+        type(
+            "Rule",
+            (xo.Optimizer,),
+            {"rule": staticmethod(lambda xp, p, g: operation(p))},
+        )().update([np.ones(2)], [np.ones(2)])
+
+
+def test_a_schedule_that_goes_wrong_is_named() -> None:
+    params, grads = [np.ones(2)], [np.ones(2)]
+    with pytest.raises(ValueError, match=r"lr \(its schedule at step 0\) is -1.0"):
+        xo.SGD(lr=lambda step: -1.0).update(params, grads)
+    with pytest.raises(ZeroDivisionError) as caught:
+        xo.SGD(lr=lambda step: 1 / step).update(params, grads)
+    assert "schedule of lr" in "".join(caught.value.__notes__)
+    assert (params[0] == 1).all()
+
+
+def test_an_own_init_that_forgets_the_base() -> None:
+    class Mine(xo.SGD):
+        def __init__(self) -> None:
+            pass
+
+    params = [np.ones(2)]
+    Mine().update(params, [np.ones(2)])
+    assert (params[0] == 1 - 0.01).all()
+
+
+def test_load_state_dict_of_a_state() -> None:
+    opt = xo.SGD()
+    with pytest.raises(ValueError, match=r"takes what state_dict\(\) returns"):
+        opt.load_state_dict(opt.state)
+
+
+@pytest.mark.parametrize("kind", ["graph", "llvm", "cuda"])
+@pytest.mark.parametrize(("dtype", "grad_dtype"), [("float32", "complex64"), ("complex64", "float32")])
+def test_source_of_what_no_kernel_has(kind: str, dtype: str, grad_dtype: str) -> None:
+    with pytest.raises(ValueError, match="both real or both complex"):
+        xo.SGD().source(kind, dtype, grad_dtype)
+
+
+# ---- Rules of plain Array API code ---------------------------------------------------------------------------
+
+
+def plain_rule(rule: Any, slots: tuple[str, ...] = ()) -> xo.Optimizer:
+    return type("Plain", (xo.Optimizer,), {"rule": staticmethod(rule), "slots": slots, "fused": False})()
+
+
+def added_to(p: Any, g: Any) -> Any:
+    p += g
+    return p
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        (lambda xp, p, g: added_to(p, g), "writes to an argument"),
+        (lambda xp, p, g: added_to(g, p), "writes to an argument"),
+        (lambda xp, p, g: (p - g).sum(), r"shape \(\) for a parameter of shape \(2, 3\)"),
+        (lambda xp, p, g: (p - g).ravel(), r"shape \(6,\) for a parameter of shape \(2, 3\)"),
+        (lambda xp, p, g: 1.0, "float for a parameter"),
+        (lambda xp, p, g: None, "NoneType for a parameter"),
+        (lambda xp, p, g: p + 1j * g, "complex"),
+    ],
+)
+def test_a_plain_rule_that_does_what_a_rule_must_not(rule: Any, message: str) -> None:
+    params, grads = {"a": np.ones((2, 3))}, {"a": np.ones((2, 3))}
+    before = frozen([params, grads])
+    with pytest.raises(xo.TraceError, match=message):
+        plain_rule(rule).update(params, grads)
+    assert frozen([params, grads]) == before
+
+
+def test_a_plain_rule_may_hand_arguments_through() -> None:
+    opt = plain_rule(lambda xp, p, g, m, n: (m, p, g), ("m", "n"))
+    params = [np.arange(4.0)]
+    opt.update(params, [np.full(4, 7.0)])
+    assert params[0].tolist() == [0.0] * 4
+    assert opt.state["slots"]["m"]["0"].tolist() == [0.0, 1.0, 2.0, 3.0]
+    assert opt.state["slots"]["n"]["0"].tolist() == [7.0] * 4
+    opt.update(params, [np.full(4, 8.0)])
+    assert params[0].tolist() == [0.0, 1.0, 2.0, 3.0]
+    assert opt.state["slots"]["m"]["0"].tolist() == [0.0] * 4

@@ -39,15 +39,15 @@ def as_float(owner: str, name: str, value: Any) -> float:
         raise ValueError(f"{owner}: {name} is an integer beyond the floats") from None
 
 
-def in_range(owner: str, name: str, value: float) -> float:
+def in_range(owner: str, name: str, value: float, place: str = "") -> float:
     if not math.isfinite(value):
-        raise ValueError(f"{owner}: {name} is {value}: it must be finite")
+        raise ValueError(f"{owner}: {name}{place} is {value}: it must be finite")
     if name in NON_NEGATIVE and value < 0:
-        raise ValueError(f"{owner}: {name} is {value}: it must be at least 0")
+        raise ValueError(f"{owner}: {name}{place} is {value}: it must be at least 0")
     if name in POSITIVE and value <= 0:
-        raise ValueError(f"{owner}: {name} is {value}: it must be above 0 (None switches it off)")
+        raise ValueError(f"{owner}: {name}{place} is {value}: it must be above 0 (None switches it off)")
     if (name in BELOW_ONE or name.rstrip("0123456789") == "beta") and not 0 <= value < 1:
-        raise ValueError(f"{owner}: {name} is {value}: it must be at least 0 and below 1")
+        raise ValueError(f"{owner}: {name}{place} is {value}: it must be at least 0 and below 1")
     return value
 
 
@@ -55,4 +55,10 @@ def at(owner: str, name: str, value: Any, step: int) -> float:
     """The value in force at ``step`` (0 at the first update)."""
     if not callable(value):
         return value
-    return in_range(owner, f"{name}", as_float(owner, f"{name} (its schedule at step {step})", value(step)))
+    try:
+        given = value(step)
+    except Exception as error:
+        error.add_note(f"{owner}: raised by the schedule of {name}, a function step -> float, at step {step}")
+        raise
+    place = f" (its schedule at step {step})"
+    return in_range(owner, name, as_float(owner, name + place, given), place)

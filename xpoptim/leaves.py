@@ -255,8 +255,10 @@ def resolve_parameter(leaf: Leaf, *, writing: bool) -> None:
         return
     space = namespace_name(given)
     if space is None:
+        what = "None" if given is None else _kind(given)
         raise TypeError(
-            f"{name} is {_kind(given)}: a parameter is an array of an Array API namespace, a NumPy scalar or a float"
+            f"{name} is {what}: a parameter is an array of an Array API namespace, a NumPy scalar or a float, "
+            "and parameters are nested in dicts, lists and tuples"
         )
     if isinstance(given, np.ma.MaskedArray):
         raise TypeError(f"{name} is a masked array, whose mask an update would not heed: pass its .data")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from . import hyperparameters, options
 from .engines.ready import Ready
@@ -50,7 +50,11 @@ class Optimizer:
     the parameter, the gradient and the slots, and by keyword the hyperparameters it names, and ``t``, the 1-based
     count of the step, if it names that; it returns the new parameter and the new slots. Fields annotated ``bool``
     are static: a rule may branch on them, and on nothing else (``xp.where`` chooses between values). What a rule
-    takes from outside, a global or a closure, is read once, when it is traced.
+    takes from outside, a global or a closure, is read once, when it is traced. A complex array goes through the rule
+    as its real and its imaginary part, each on its own: its gradient is ``dL/d(re) + 1j*dL/d(im)``.
+
+    A class with ``fused = False`` has a rule of plain Array API code instead, which may do more than elementwise
+    operations (``xp`` is then the arrays' namespace) and is run as it stands.
 
     The options of every optimizer, keyword-only:
 
@@ -161,6 +165,8 @@ class Optimizer:
 
     @classmethod
     def _slot_names(cls) -> tuple[str, ...]:
+        if isinstance(cls.slots, str):
+            raise TypeError(f"{cls.__name__}.slots is {cls.slots!r}: it is a tuple of names, ({cls.slots!r},)")
         return tuple(cls.slots)
 
     @classmethod
@@ -196,13 +202,21 @@ class Optimizer:
         for keyword in keywords:
             if keyword not in scalars:
                 known = ", ".join(sorted(scalars))
+                hint = f"; annotate it: {keyword}: float = ..." if hasattr(cls, keyword) else ""
                 raise TraceError(
-                    f"{name} takes {keyword!r}, which is no hyperparameter of {cls.__name__} (there are: {known})"
+                    f"{name} takes {keyword!r}, which is no hyperparameter of {cls.__name__} (there are: {known}){hint}"
                 )
         return keywords
 
     # -----------------------------------------------------------------------------------------------------------------
     # The object: hyperparameters and state
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        new = object.__new__(cls)
+        object.__setattr__(new, "_state", {"step": 0, "slots": {}})
+        object.__setattr__(new, "_known", None)
+        new._forget()
+        return new
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         cls = type(self)
@@ -215,9 +229,6 @@ class Optimizer:
         except TypeError as error:
             raise TypeError(f"{cls.__name__}{self.__signature__}: {error}") from None
         bound.apply_defaults()
-        object.__setattr__(self, "_state", {"step": 0, "slots": {}})
-        object.__setattr__(self, "_known", None)
-        self._forget()
         for name, value in bound.arguments.items():
             setattr(self, name, value)
 
@@ -570,7 +581,9 @@ class Optimizer:
         if not isinstance(d, Mapping):
             raise TypeError(f"{name}.load_state_dict takes the dict that state_dict made, not {type(d).__name__}")
         if d.get("class") != name:
-            raise ValueError(f"this state dict is of {d.get('class')!r}, not of {name!r}: load it into that optimizer")
+            if "class" not in d:
+                raise ValueError(f"{name}.load_state_dict takes what state_dict() returns, which has an entry 'class'")
+            raise ValueError(f"this state dict is of {d['class']!r}, not of {name!r}: load it into that optimizer")
         state = copied_state(plain_state(type(self).__name__, self._slot_names(), d))
         known = loaded_signature(name, d.get("parameters", {}))
         if self._state["slots"]:
@@ -631,6 +644,10 @@ class Optimizer:
         for given in (dtype, grad_dtype or dtype):
             if given not in REAL_DTYPES + COMPLEX_DTYPES:
                 raise ValueError(f"{given!r} is no parameter dtype: {', '.join(REAL_DTYPES + COMPLEX_DTYPES)}")
+        if ((grad_dtype or dtype) in COMPLEX_DTYPES) != (dtype in COMPLEX_DTYPES):
+            raise ValueError(
+                f"no kernel takes {grad_dtype} gradients for {dtype} parameters: both real or both complex"
+            )
         passes = self._recipe.programs(dtype, grad_dtype or dtype).values()
         return Source("\n\n".join(writers[kind](program) for program in passes))
 

@@ -9,8 +9,7 @@ JAX.
     counter = (block low, block high, stream low, stream high)
     word i  = output word i % 4 of block i // 4
 
-Streams whose top bit is clear belong to dropout (``layer << 32 | call``), those whose top bit is set to
-stochastic rounding.
+Streams whose top bit is clear belong to dropout (``layer << 32 | call``); those whose top bit is set are reserved.
 """
 
 from __future__ import annotations

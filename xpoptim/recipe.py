@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
 
+import numpy as np
+
 from .errors import TraceError
 from .fusion.dtypes import compute_dtype, slot_dtype
 from .fusion.language import Functions, Value, lift
@@ -109,6 +111,8 @@ class Recipe:
         except TraceError:
             raise
         except Exception as error:
+            if isinstance(error, ValueError) and "read-only" in str(error):
+                raise TraceError(f"{self.name} writes to an argument: a rule returns new arrays instead") from error
             what = "could not be traced" if self.fused else "raised an error"
             raise TraceError(f"{self.name} {what}: {type(error).__name__}: {error}") from error
         return self._checked(result, arrays[0])
@@ -153,5 +157,31 @@ def _plain(rule: Callable[..., Any], xp: Functions, arrays: list[Value], keyword
     """A rule that is not elementwise, called with the namespace, arrays and floats themselves."""
     backend: Any = xp._backend
     numbers = {name: float(x.raw) if isinstance(x, Value) else x for name, x in keywords.items()}
-    result = rule(backend.xp, *(array.raw for array in arrays), **numbers)
-    return tuple(Value(backend, raw) for raw in (result if isinstance(result, tuple | list) else (result,)))
+    given = [_read_only(array.raw) for array in arrays]
+    result = rule(backend.xp, *given, **numbers)
+    own = {id(shown): array.raw for shown, array in zip(given, arrays, strict=True)}  # for what is handed through
+    results = result if isinstance(result, tuple | list) else (result,)
+    for raw in results:
+        _check_plain(backend.rule, raw, arrays[0].raw)
+    return tuple(Value(backend, own.get(id(raw), raw)) for raw in results)
+
+
+def _read_only(raw: Any) -> Any:
+    """A NumPy array as one that a rule cannot write to; other libraries have no such thing."""
+    if not isinstance(raw, np.ndarray):
+        return raw
+    view = raw.view()
+    view.flags.writeable = False
+    return view
+
+
+def _check_plain(rule: str, raw: Any, p: Any) -> None:
+    """What a plain rule returns is written to arrays of the parameter's shape: nothing is broadcast or cut."""
+    shape = getattr(raw, "shape", None)
+    if shape is None or tuple(shape) != tuple(p.shape):
+        what = f"shape {tuple(shape)}" if shape is not None else type(raw).__name__
+        raise TraceError(f"{rule} returns an array of {what} for a parameter of shape {tuple(p.shape)}")
+    if "complex" in str(raw.dtype):
+        raise TraceError(
+            f"{rule} returns complex numbers: a rule gets real and imaginary parts in turn, as real arrays"
+        )

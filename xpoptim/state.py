@@ -72,8 +72,8 @@ def check_signature(owner: str, known: Signature | None, leaves: list[Leaf]) -> 
         if old not in (None, new)
     ]
     raise ValueError(
-        f"{leaf.named('params')} had {' and '.join(changes)}: these are fixed by the first step; "
-        f"make a new {owner} for other parameters"
+        f"{leaf.named('params')} had {' and '.join(changes)}: these are fixed by the first step "
+        f"(or the state dict that was loaded); make a new {owner} for other parameters"
     )
 
 
@@ -193,11 +193,7 @@ def plain_state(name: str, slots: tuple[str, ...], state: Any) -> State:
     if isinstance(step, bool) or not isinstance(step, int | np.integer) or step < 0:
         raise ValueError(f"{name}: the state's step is {step!r}: it must be an int of at least 0")
     if not isinstance(state["slots"], Mapping) or (set(state["slots"]) != set(slots) and (state["slots"] or step)):
-        found = (
-            ", ".join(map(str, state["slots"]))
-            if isinstance(state["slots"], Mapping)
-            else type(state["slots"]).__name__
-        )
+        found = _listed(state["slots"]) if isinstance(state["slots"], Mapping) else type(state["slots"]).__name__
         raise ValueError(f"the state has slots {found}, but {name} has {_listed(slots)}: it is of another optimizer")
     if any(not isinstance(arrays, Mapping) for arrays in state["slots"].values()):
         raise ValueError(f"{name}: each slot of a state is a dict {{key: array}}")
@@ -222,7 +218,7 @@ def check_same(old: dict[str, dict[str, Any]], new: dict[str, dict[str, Any]]) -
         if set(old[name]) != set(new.get(name, ())):
             raise ValueError(
                 f"the state dict has slot {name!r} for {', '.join(sorted(new.get(name, ()))) or 'nothing'}, "
-                f"but this optimizer has it for {', '.join(sorted(old[name]))}"
+                f"but this optimizer has it for {', '.join(sorted(old[name]))}: load it into a new optimizer"
             )
         for key, a in old[name].items():
             b = new[name][key]

@@ -27,6 +27,7 @@ def check(leaves: list[Leaf], *, writing: bool) -> None:
 def check_memory(leaves: list[Leaf], known: Any) -> Any:
     """Refuse parameters that share memory; what was found good is returned, to be ``known`` the next time."""
     memory = [(leaf.named("params"), extent(leaf.p)) for leaf in leaves if leaf.mutable]
+    memory += [(f"a slot of {x.named('params')}", extent(slot)) for x in leaves if x.mutable for slot in x.slots]
     written = [(name, a) for name, a in memory if a is not None]
     key = tuple((a.ctypes.data, a.shape, a.strides) for _, a in written)
     if key == known:

@@ -19,6 +19,7 @@ from rich.text import Text
 import xpoptim as xo
 from xpoptim.demo import DemoError, pictures, surface, training
 from xpoptim.demo.training import Backend, Curve, OnStep, Result
+from xpoptim.engines.selection import selected
 
 PLAIN_WIDTH = 110  # columns, where the output is a file or a pipe that has no width of its own
 
@@ -44,7 +45,7 @@ def main_job(backend_name: str, seed: int, out: Path, steps: int) -> None:
     console.print(notes(results, backend), highlight=False)
     with console.status("drawing the pictures"):
         files = save_pictures(out, results, curves)
-    console.print(f"\nPictures ({perf_counter() - start:.0f} s in all):", highlight=False)
+    console.print(f"\nPictures, {perf_counter() - start:.0f} s after the start:", highlight=False)
     for file in files:
         console.print(f"  {escape(str(file))}", highlight=False, soft_wrap=True)
 
@@ -153,18 +154,24 @@ def table(results: list[Result]) -> Table:
             Text(f"{accuracy:.2%}", style="bold" if accuracy == best else ""),
             f"{result.curve.loss[-1]:.4f}",
             f"{result.steps_per_second:,.0f}",
-            f"{result.fused_us:,.1f}",
-            f"{result.plain_us:,.1f}",
-            f"{result.plain_us / result.fused_us:.1f}",
+            *times(result),
         )
     return shown
+
+
+def times(result: Result) -> tuple[str, str, str]:
+    """Of xpoptim, of plain code, and their ratio; dashes where only the first step was made."""
+    if result.curve.steps[-1] < 2:
+        return ("–", "–", "–")
+    return f"{result.fused_us:,.1f}", f"{result.plain_us:,.1f}", f"{result.plain_us / result.fused_us:.1f}"
 
 
 def notes(results: list[Result], backend: Backend) -> str:
     """How to read the table's times."""
     size = f"{results[0].parameters:,} parameters in {results[0].arrays} arrays"
     if backend.name == "numpy":
-        what = f"median time of the fused optimizer for a step over {size}, {xo.get_num_threads()} threads at most"
+        kind = "the reference engine" if selected() == "reference" else "the fused optimizer"
+        what = f"median time of {kind} for a step over {size}, {xo.get_num_threads()} threads at most"
         peer = "NumPy"
     else:
         what = f"median time of xpoptim's optimizer for a step over {size}, until the GPU has finished"
@@ -173,8 +180,8 @@ def notes(results: list[Result], backend: Backend) -> str:
     close = "are the same to the last bit" if difference == 0 else f"differ by {difference:.1g} at most"
     return (
         f"update: {what}.\nplain: textbook {peer} code, given the same gradients in the same run, in alternating "
-        "order.\nThe first step, which compiles, is left out of both. The parameters that the two reach "
-        f"{close}."
+        "order.\nThe first step, which compiles, is left out of both. Backpropagation has emptied the cache before "
+        f"each step, so\nthat much of both times is the memory's. The parameters that the two reach {close}."
     )
 
 
@@ -191,5 +198,5 @@ def save_pictures(out: Path, results: list[Result], curves: list[Curve]) -> list
         pictures.training_curves(files[2], results)
         pictures.dropout_gap(files[3], without, with_dropout)
     except OSError as error:
-        raise cannot_write(out, error) from error
+        raise cannot_write(Path(str(error.filename)) if error.filename else out, error) from error
     return files

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 
 ENGINES = ("auto", "fused", "reference")
@@ -30,8 +30,7 @@ def selected() -> str:
     return _from_environment
 
 
-@contextmanager
-def engine(name: str) -> Iterator[None]:
+def engine(name: str) -> AbstractContextManager[None]:
     """Choose the engine for the updates made inside the ``with`` block (in this thread or task).
 
     ``"auto"`` (the default) runs a fused kernel for every leaf that can have one and the reference for the others;
@@ -46,7 +45,12 @@ def engine(name: str) -> Iterator[None]:
     >>> params["W"]
     array([0.5, 0.5, 0.5])
     """
-    token = _chosen.set(_checked(name, "engine"))
+    return _engine(_checked(name, "engine"))  # a wrong name is an error here, not only inside `with`
+
+
+@contextmanager
+def _engine(name: str) -> Iterator[None]:
+    token = _chosen.set(name)
     try:
         yield
     finally:

@@ -203,6 +203,11 @@ class Value:
 
     __rmatmul__ = __matmul__
 
+    def __floordiv__(self, other: Any) -> NoReturn:
+        self._refuse(f"uses //, % or divmod on {self._who()}, which are not in the table of operations")
+
+    __rfloordiv__ = __mod__ = __rmod__ = __divmod__ = __rdivmod__ = __floordiv__
+
     def __getattr__(self, name: str) -> NoReturn:
         if name.startswith("__"):  # protocols ask for these to find out what an object is
             raise AttributeError(name)
@@ -276,8 +281,9 @@ def power(base: Value, exponent: Any) -> Value:
         return _constant_power(base, int(float(exponent)))
     if isinstance(exponent, Value) and exponent.integral and base.scalar:
         return apply("power", base, exponent)
+    shown = exponent._who() if isinstance(exponent, Value) else repr(exponent)
     base._refuse(
-        f"raises {base._who()} to the power {exponent!r}: the exponent may be an integer constant or, "
+        f"raises {base._who()} to the power {shown}: the exponent may be an integer constant or, "
         "for a scalar, an integer expression of t (a square root is xp.sqrt)"
     )
 
@@ -400,5 +406,5 @@ class Functions:
     def __getattr__(self, name: str) -> NoReturn:
         if name.startswith("__"):
             raise AttributeError(name)
-        known = ", ".join(sorted(n for n in vars(Functions) if not n.startswith("_")))
+        known = ", ".join(sorted(n for n in vars(Functions) if not n.startswith("_") and n != "multiply_words"))
         raise TraceError(f"{self._backend.rule} uses xp.{name}, which is not in the table of operations: {known}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import textwrap
@@ -204,7 +205,6 @@ def test_layers_without_parameters() -> None:
 def test_control_c_finds_the_step_counted_if_it_was_made(
     made: bool, nested: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from xpoptim.engines import scan
     from xpoptim.engines.cpu import Plan
     from xpoptim.engines.scan import Direct, Scanner
 
@@ -220,8 +220,6 @@ def test_control_c_finds_the_step_counted_if_it_was_made(
     def interrupted(self: Any, *arguments: Any) -> Any:
         if made:
             original(self, *arguments)
-        elif not nested:
-            self._calls[scan._MADE] = 0  # as `run` begins
         raise KeyboardInterrupt
 
     monkeypatch.setattr(owner, name, interrupted)
@@ -359,3 +357,71 @@ def test_an_optimizer_of_jax_arrays_pickles() -> None:
     for again in (pickle.loads(pickle.dumps(opt)), copy.deepcopy(opt), copy.copy(opt)):
         again.update(dict(params), {"p": jnp.ones(2)})
         assert again.state["step"] == 2
+
+
+SIGNALS = """
+import signal, sys, time
+import numpy as np, xpoptim as xo
+
+class Interrupt(Exception):
+    pass
+
+def handler(signum, frame):
+    raise Interrupt
+
+signal.signal(signal.SIGALRM, handler)
+xo.set_num_threads(2)
+size, seconds = int(sys.argv[1]), 2.0
+opt, params, grads = xo.SGD(lr=1.0), {"p": np.zeros(size, np.float32)}, {"p": np.ones(size, np.float32)}
+end, wrong, interrupts = time.monotonic() + seconds, 0, 0
+while time.monotonic() < end:
+    before = opt.state["step"], params["p"].copy()
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 1e-5 + 2e-4 * np.random.rand())
+        while True:
+            opt.update(params, grads)
+    except Interrupt:
+        interrupts += 1
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    steps = opt.state["step"] - before[0]
+    wrong += not (params["p"] == before[1] - steps).all()
+    if params["p"][0] < -1e6:
+        params["p"][:] = 0
+print(wrong, interrupts > 100)
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this system has no interval timer")
+@pytest.mark.parametrize("size", [4, 200_000, 600_000])
+def test_steps_are_counted_whatever_a_signal_handler_raises(size: int) -> None:
+    """At any bytecode: in the quick path, in the engine, while helpers are made or at work."""
+    command = [sys.executable, "-c", SIGNALS, str(size)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout) == (0, "0 True\n"), done.stderr
+
+
+def test_what_a_signal_handler_assigns_is_not_lost() -> None:
+    """An assignment in the middle of a step counts from the next step on, whatever the step had read by then."""
+    opt, params, grads = xo.Momentum(lr=1.0, momentum=0.0), [np.zeros(3)], [np.ones(3)]
+    for _ in range(3):
+        opt.update(params, grads)
+    assigned = []
+
+    def trace(frame: Any, event: str, argument: Any) -> Any:
+        """As if a handler ran right after the hyperparameters were read."""
+        if frame.f_code is xo.Optimizer._derived.__code__ and "values" in frame.f_locals and not assigned:
+            assigned.append(2.0)
+            opt.lr = 2.0
+        return trace
+
+    opt.momentum = 0.0  # what was derived is outdated
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        opt.update(params, grads)
+    finally:
+        sys.settrace(before)
+    assert assigned
+    home = params[0].copy()
+    opt.update(params, grads)
+    assert (home - params[0] == 2.0).all()

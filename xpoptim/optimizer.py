@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Self
 
 from . import hyperparameters, options
 from .engines.ready import Ready
@@ -115,8 +116,9 @@ class Optimizer:
 
     # Of the object; with leading underscores, so no hyperparameters.
     _state: State
-    _cached_recipe: Recipe | None
-    _constants: tuple[float, ...] | Literal[False] | None  # the hyperparameters; False if one is a schedule
+    _version: object  # another object after every assignment
+    # What follows from the hyperparameters of a version: the recipe, and their values unless one is a schedule.
+    _cached: tuple[object, Recipe, tuple[float, ...] | None]
     _ready: Ready | None  # what the next step can start from
     _known: Signature | None  # what the first update fixed
     _counter: Any  # an `engines.cuda.Counter`, while a GPU counts the steps
@@ -234,8 +236,8 @@ class Optimizer:
 
     def _forget(self) -> None:
         """Drop what is derived and can be made again."""
-        object.__setattr__(self, "_cached_recipe", None)
-        object.__setattr__(self, "_constants", None)
+        object.__setattr__(self, "_version", object())
+        object.__setattr__(self, "_cached", (None, None, None))
         object.__setattr__(self, "_ready", None)
         object.__setattr__(self, "_verified", None)
         object.__setattr__(self, "_counter", None)
@@ -254,8 +256,7 @@ class Optimizer:
             raise TypeError(f"{cls.__name__}: decoupled weight decay needs a hyperparameter named lr")
         value = hyperparameters.checked(cls.__name__, name, value, static=name in cls._static, optional=optional)
         object.__setattr__(self, name, value)
-        object.__setattr__(self, "_cached_recipe", None)
-        object.__setattr__(self, "_constants", None)
+        object.__setattr__(self, "_version", object())
 
     def __delattr__(self, name: str) -> None:
         raise AttributeError(f"{type(self).__name__}.{name} cannot be deleted; assign another value")
@@ -315,23 +316,30 @@ class Optimizer:
 
     @property
     def _recipe(self) -> Recipe:
-        recipe = self._cached_recipe
-        if recipe is None:
-            recipe = Recipe(
-                name=f"{type(self).__name__}.rule",
-                rule=type(self).rule,
-                slots=self._slot_names(),
-                takes=self._takes,
-                statics=tuple((name, getattr(self, name)) for name in self._fields if name in self._static),
-                before=tuple(option for option in options.BEFORE if option.active(self)),
-                after=tuple(option for option in options.AFTER if option.active(self)),
-                fused=self.fused,
-            )
-            ready = self._ready
-            # The same recipe keeps the same object, so that "has anything changed?" is one comparison.
-            recipe = ready.recipe if ready is not None and ready.recipe == recipe else recipe
-            object.__setattr__(self, "_cached_recipe", recipe)
-        return recipe
+        return self._derived()[1]
+
+    def _derived(self) -> tuple[object, Recipe, tuple[float, ...] | None]:
+        """Version, recipe and constants. What a signal handler assigns in the middle of this makes them outdated."""
+        if self._cached[0] is self._version:
+            return self._cached
+        version = self._version
+        recipe = Recipe(
+            name=f"{type(self).__name__}.rule",
+            rule=type(self).rule,
+            slots=self._slot_names(),
+            takes=self._takes,
+            statics=tuple((name, getattr(self, name)) for name in self._fields if name in self._static),
+            before=tuple(option for option in options.BEFORE if option.active(self)),
+            after=tuple(option for option in options.AFTER if option.active(self)),
+            fused=self.fused,
+        )
+        ready = self._ready
+        # The same recipe keeps the same object, so that "has anything changed?" is one comparison.
+        recipe = ready.recipe if ready is not None and ready.recipe == recipe else recipe
+        values = tuple(getattr(self, name) for name in recipe.hyperparameters)
+        derived = version, recipe, values if all(type(value) is float for value in values) else None
+        object.__setattr__(self, "_cached", derived)
+        return derived
 
     def _scalars(self, recipe: Recipe, step: int) -> list[float]:
         """The inputs of the scalar program at a step (0-based): t, then the hyperparameters in the recipe's order."""
@@ -372,14 +380,18 @@ class Optimizer:
         array([0.5, 2.5])
         """
         ready = self._ready
-        if ready is not None and self._again(ready, params, grads):
-            return
+        if ready is not None and ready.busy.acquire(blocking=False):
+            try:
+                if self._again(ready, params, grads):
+                    return
+            finally:
+                ready.busy.release()
         leaves = pairs(params, grads)
         step = self._advance(leaves, self._state, writing=True)
         for leaf in leaves:
             if replaced(leaf) and leaf.g is not None:
                 leaf.home[leaf.index] = as_given(leaf)
-        object.__setattr__(self, "_ready", step.ready(params))
+        object.__setattr__(self, "_ready", step.ready(params, self._state["slots"]))
 
     def init(self, params: Any) -> State:
         """A fresh state for ``params``, which it leaves alone.
@@ -445,11 +457,12 @@ class Optimizer:
 
     def _again(self, ready: Ready, params: Any, grads: Any) -> bool:
         """The step over arrays that are what they were at the last one, checked by `Ready`. False: do it in full."""
-        recipe = self._cached_recipe or self._recipe
+        _, recipe, constants = self._derived()
         if recipe is not ready.recipe or selected() == "reference":
             return False
         state = self._state
-        if ready.direct is not None and self._directly(ready, params, grads):
+        # A schedule may do anything to the containers: it is called after the arrays are held.
+        if ready.direct is not None and constants is not None and self._directly(ready, constants, params, grads):
             return True
         columns = ready.columns(params, grads, state["slots"])
         if columns is None:
@@ -469,25 +482,20 @@ class Optimizer:
         ready.rebind(params, columns)
         return True
 
-    def _directly(self, ready: Ready, params: Any, grads: Any) -> bool:
+    def _directly(self, ready: Ready, constants: tuple[float, ...], params: Any, grads: Any) -> bool:
         """A step in a single call; False if it was not made, because anything may have changed."""
-        constants = self._constants
-        if constants is None:  # something was assigned since the last step
-            values = tuple(getattr(self, name) for name in ready.recipe.hyperparameters)
-            constants = values if all(type(value) is float for value in values) else False
-            object.__setattr__(self, "_constants", constants)
-        if constants is False:
-            return False  # a schedule may do anything to the containers: it is called after the arrays are held
-        direct, state = ready.direct, self._state
-        ready.plan.set_inputs((checked_step(state) + 1, *constants))
+        state, made = self._state, ctypes.c_int64()
         slots = state["slots"]
+        if type(slots) is not dict:
+            return False
+        ready.plan.set_inputs((checked_step(state) + 1, *constants))
         containers = (params, grads, *[slots.get(name) for name in ready.recipe.slots])
         # Counted first: Ctrl-C during the kernel takes effect after it, and must find the step counted.
         state["step"] += 1
         try:
-            return direct.run(containers)
+            return ready.direct.run(containers, made)
         finally:
-            if not direct.made:
+            if not made.value:
                 state["step"] -= 1
 
     def _again_on_gpu(self, ready: Ready, values: list[float]) -> bool:

@@ -141,15 +141,15 @@ class Step:
         for i, leaf in enumerate(self.others):
             reference.write(leaf, self._computed(leaf) if self._results is None else self._results[i])
 
-    def ready(self, params: Any) -> Ready | None:
+    def ready(self, params: Any, slots: dict[str, dict[str, Any]]) -> Ready | None:
         """What the next step can start from, if one engine served every leaf; else None."""
         if self.others or any(not _gradient_alone(leaf, copy) for leaf, copy in self.staged):
             return None
         if len(self.cpu) == len(self.leaves):
-            return ready(self.recipe, self.cpu_plan, self.cpu, params, [leaf.g for leaf in self.leaves])
+            return ready(self.recipe, self.cpu_plan, self.cpu, params, [leaf.g for leaf in self.leaves], slots)
         # Without a counter a norm over GPUs takes the host, which only a full step does.
         if len(self.gpu) == len(self.leaves) and (self.counter is not None or not self.recipe.reductions):
-            return ready(self.recipe, self.gpu_plan, self.gpu, params, [leaf.g for leaf in self.leaves])
+            return ready(self.recipe, self.gpu_plan, self.gpu, params, [leaf.g for leaf in self.leaves], slots)
         return None
 
 

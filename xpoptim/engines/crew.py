@@ -7,16 +7,19 @@ off, so that a busy machine costs little.
 To wake a sleeping thread takes tens of microseconds, as long as the step of a small model. So a helper
 stays awake for a while when the last job came soon after the one before: for some ten times what the job itself
 takes, and 4 ms at most. It offers its CPU to any other thread all the while. In a program that computes for longer than
-that between its steps, helpers sleep. Where the system allows it, a helper is woken on another CPU than its
-caller's: some kernels would put it beside the caller, where it can only wait.
+that between its steps, helpers sleep. On Linux a helper is woken on another CPU than its caller's: some kernels
+would put it beside the caller, where it can only wait.
+
+Helpers are claimed and released in machine code, where no signal handler or finalizer can come between; and their
+code and memory are never given back, since a thread may be in them when the interpreter has gone.
 """
 
 from __future__ import annotations
 
-import atexit
 import ctypes
 import os
 import re
+import sys
 import threading
 import time
 from functools import cache
@@ -24,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from .threads import compiling, get_num_threads
+from .threads import available, compiling, get_num_threads
 
 MOST = 64  # workers: the bandwidth of the memory is spent long before
 SHARE = 64  # bytes between the cursors of two workers: a cache line
@@ -32,35 +35,106 @@ SHARE = 64  # bytes between the cursors of two workers: a cache line
 _WORTH_WAKING, _WORTH_SHARING = 1 << 17, 1 << 15
 _LONGEST = 4e-3  # seconds that a helper stays awake at most
 _PER_ELEMENT = 5e-9  # seconds that it stays awake, for each element of the last job
-_YIELD = 2.5e-7  # seconds that offering the CPU takes, at least
 
-# A helper's memory: state, patience, function, job, worker, 64-bit words; then its lock and its condition.
-# States: 0 asleep (or about to be), 1 awake, 2 a job lies before it, 3 at work, 4 dismissed for good.
-_LOCK, _CONDITION, _SIZE = 128, 256, 384  # bytes; twice a cache line apart, since CPUs fetch them in pairs
-_ASLEEP, _GONE = 0, 4
+# A helper's memory: the words below; then its lock and its condition, apart since CPUs fetch cache lines in pairs.
+_LOCK, _CONDITION, _SIZE = 128, 256, 384  # bytes
+_STATE, _PATIENCE, _FUNCTION, _JOB, _WORKER, _THREAD, _KEPT_OFF, _OWNED = range(8)
+_ASLEEP, _AWAKE = 0, 1  # states; 2: a job lies before it, 3: at work
+_FREE, _TAKEN, _ABSENT = 0, 1, 2  # whether a caller owns it
+
+# All helpers' memory, behind a header with the number of those to look at. It is never freed.
+_memory = (ctypes.c_char * ((MOST + 1) * _SIZE))()
+ctypes.pythonapi.Py_IncRef(ctypes.py_object(_memory))
+_HEADER = -(-ctypes.addressof(_memory) // _LOCK) * _LOCK
+_FIRST = _HEADER + _LOCK
+_look_at = ctypes.c_int64.from_address(_HEADER)
+
+_CLOCK = 6 if sys.platform == "darwin" else 1  # CLOCK_MONOTONIC
+_MOVES = sys.platform == "linux"
+
+_KEEP_OFF = f"""
+declare i32 @sched_getcpu()
+declare i32 @sched_getaffinity(i32, i64, ptr)
+declare i32 @sched_setaffinity(i32, i64, ptr)
+
+; Has a helper that sleeps wake on another CPU than this one, if the caller may use another.
+define internal void @keep_off(ptr %box) {{
+entry:
+  %mask = alloca [16 x i64], align 16
+  %threadp = getelementptr i64, ptr %box, i64 {_THREAD}
+  %thread = load i64, ptr %threadp
+  %unknown = icmp eq i64 %thread, 0
+  %keptp = getelementptr i64, ptr %box, i64 {_KEPT_OFF}
+  %kept = load i64, ptr %keptp
+  %cpu = call i32 @sched_getcpu()
+  %here = sext i32 %cpu to i64
+  %same = icmp eq i64 %here, %kept
+  %far = icmp uge i64 %here, 1024
+  %skip1 = or i1 %unknown, %same
+  %skip = or i1 %skip1, %far
+  br i1 %skip, label %exit, label %ask
+ask:
+  %got = call i32 @sched_getaffinity(i32 0, i64 128, ptr %mask)
+  %allowed = icmp eq i32 %got, 0
+  br i1 %allowed, label %clear, label %exit
+clear:
+  %number = lshr i64 %here, 6
+  %wordp = getelementptr i64, ptr %mask, i64 %number
+  %word = load i64, ptr %wordp
+  %place = and i64 %here, 63
+  %bit = shl i64 1, %place
+  %others = xor i64 %bit, -1
+  %cleared = and i64 %word, %others
+  store i64 %cleared, ptr %wordp
+  br label %gather
+gather:
+  %k = phi i64 [ 0, %clear ], [ %knext, %gather ]
+  %any = phi i64 [ 0, %clear ], [ %anynext, %gather ]
+  %kp = getelementptr i64, ptr %mask, i64 %k
+  %kw = load i64, ptr %kp
+  %anynext = or i64 %any, %kw
+  %knext = add i64 %k, 1
+  %more = icmp slt i64 %knext, 16
+  br i1 %more, label %gather, label %choose
+choose:
+  %none = icmp eq i64 %anynext, 0
+  br i1 %none, label %exit, label %move
+move:
+  %id = trunc i64 %thread to i32
+  %moved = call i32 @sched_setaffinity(i32 %id, i64 128, ptr %mask)
+  store i64 %here, ptr %keptp
+  br label %exit
+exit:
+  ret void
+}}
+"""
 
 _ASSEMBLY = f"""
 declare i32 @sched_yield()
+declare i32 @clock_gettime(i32, ptr)
 declare i32 @pthread_mutex_lock(ptr)
 declare i32 @pthread_mutex_unlock(ptr)
 declare i32 @pthread_cond_wait(ptr, ptr)
 declare i32 @pthread_cond_signal(ptr)
+{_KEEP_OFF if _MOVES else "define internal void @keep_off(ptr %box) {{ ret void }}"}
 
 ; A helper's life.
 define void @serve(ptr %box) {{
 entry:
-  %patiencep = getelementptr i64, ptr %box, i64 1
-  %functionp = getelementptr i64, ptr %box, i64 2
-  %jobp = getelementptr i64, ptr %box, i64 3
-  %workerp = getelementptr i64, ptr %box, i64 4
+  %time = alloca [2 x i64], align 16
+  %nanosecondsp = getelementptr i64, ptr %time, i64 1
+  %patiencep = getelementptr i64, ptr %box, i64 {_PATIENCE}
+  %functionp = getelementptr i64, ptr %box, i64 {_FUNCTION}
+  %jobp = getelementptr i64, ptr %box, i64 {_JOB}
+  %workerp = getelementptr i64, ptr %box, i64 {_WORKER}
   %lock = getelementptr i8, ptr %box, i64 {_LOCK}
   %condition = getelementptr i8, ptr %box, i64 {_CONDITION}
   br label %look
-look:
-  %idle = phi i64 [ 0, %entry ], [ 0, %work ], [ %idle, %take ], [ %longer, %wait ], [ 0, %woken ]
+look: ; idle since: 0 is not known yet
+  %since = phi i64 [ 0, %entry ], [ 0, %work ], [ %since, %take ], [ %begun, %wait ], [ 0, %woken ]
   %state = load atomic i64, ptr %box acquire, align 8
-  switch i64 %state, label %rest [ i64 2, label %take
-                                   i64 4, label %exit ]
+  %posted = icmp eq i64 %state, 2
+  br i1 %posted, label %take, label %rest
 take:
   %claim = cmpxchg ptr %box, i64 2, i64 3 acq_rel acquire
   %claimed = extractvalue {{ i64, i1 }} %claim, 1
@@ -73,10 +147,17 @@ work:
   store atomic i64 1, ptr %box release, align 8
   br label %look
 rest:
+  %told = call i32 @clock_gettime(i32 {_CLOCK}, ptr %time)
+  %seconds = load i64, ptr %time
+  %nanoseconds = load i64, ptr %nanosecondsp
+  %whole = mul i64 %seconds, 1000000000
+  %now = add i64 %whole, %nanoseconds
+  %isnew = icmp eq i64 %since, 0
+  %begun = select i1 %isnew, i64 %now, i64 %since
+  %idle = sub i64 %now, %begun
   %patience = load atomic i64, ptr %patiencep monotonic, align 8
-  %longer = add i64 %idle, 1
-  %tired = icmp sgt i64 %longer, %patience
-  br i1 %tired, label %leave, label %wait
+  %patient = icmp slt i64 %idle, %patience
+  br i1 %patient, label %wait, label %leave
 wait:
   %offered = call i32 @sched_yield()
   br label %look
@@ -85,8 +166,8 @@ leave:
   %locked = call i32 @pthread_mutex_lock(ptr %lock)
   br label %sleep
 sleep:
-  %now = load atomic i64, ptr %box acquire, align 8
-  %asleep = icmp eq i64 %now, 0
+  %present = load atomic i64, ptr %box acquire, align 8
+  %asleep = icmp eq i64 %present, 0
   br i1 %asleep, label %doze, label %woken
 doze:
   %dozed = call i32 @pthread_cond_wait(ptr %condition, ptr %lock)
@@ -94,21 +175,20 @@ doze:
 woken:
   %unlocked = call i32 @pthread_mutex_unlock(ptr %lock)
   br label %look
-exit:
-  ret void
 }}
 
-; Takes a helper from state `from` to state `to`, waking it if it sleeps.
-define void @tell(ptr %box, i64 %to) {{
+; Lays the job before a helper, and wakes it if it sleeps.
+define internal void @post(ptr %box) {{
 entry:
-  %told = cmpxchg ptr %box, i64 1, i64 %to acq_rel acquire
-  %done = extractvalue {{ i64, i1 }} %told, 1
+  %handed = cmpxchg ptr %box, i64 1, i64 2 acq_rel acquire
+  %done = extractvalue {{ i64, i1 }} %handed, 1
   br i1 %done, label %exit, label %wake
 wake: ; it sleeps, or is about to and will look again once it holds the lock
+  call void @keep_off(ptr %box)
   %lock = getelementptr i8, ptr %box, i64 {_LOCK}
   %condition = getelementptr i8, ptr %box, i64 {_CONDITION}
   %locked = call i32 @pthread_mutex_lock(ptr %lock)
-  store atomic i64 %to, ptr %box release, align 8
+  store atomic i64 2, ptr %box release, align 8
   %signalled = call i32 @pthread_cond_signal(ptr %condition)
   %unlocked = call i32 @pthread_mutex_unlock(ptr %lock)
   br label %exit
@@ -116,49 +196,78 @@ exit:
   ret void
 }}
 
-; Runs a job with `count` helpers, whose memory `boxes` lists, and sets its second word, the number of workers.
-define void @together(ptr %boxes, i64 %count, i64 %patience, ptr %function, ptr %job) {{
+; Runs a job with at most so many helpers, of those that nobody else has. Its second word becomes the number of workers.
+define void @together(i64 %most, i64 %patience, ptr %function, ptr %job) {{
 entry:
+  %ours = alloca [{MOST} x ptr], align 16
+  %header = inttoptr i64 {_HEADER} to ptr
+  %first = inttoptr i64 {_FIRST} to ptr
+  %there = load atomic i64, ptr %header acquire, align 8
+  br label %search
+search:
+  %s = phi i64 [ 0, %entry ], [ %snext, %seen ]
+  %count = phi i64 [ 0, %entry ], [ %counted, %seen ]
+  %left = icmp slt i64 %s, %there
+  %wanting = icmp slt i64 %count, %most
+  %on = and i1 %left, %wanting
+  br i1 %on, label %try, label %found
+try:
+  %offset = mul i64 %s, {_SIZE}
+  %candidate = getelementptr i8, ptr %first, i64 %offset
+  %ownedp = getelementptr i64, ptr %candidate, i64 {_OWNED}
+  %claim = cmpxchg ptr %ownedp, i64 {_FREE}, i64 {_TAKEN} acq_rel acquire
+  %claimed = extractvalue {{ i64, i1 }} %claim, 1
+  br i1 %claimed, label %keep, label %seen
+keep:
+  %keptp = getelementptr ptr, ptr %ours, i64 %count
+  store ptr %candidate, ptr %keptp
+  br label %seen
+seen:
+  %more = zext i1 %claimed to i64
+  %counted = add i64 %count, %more
+  %snext = add i64 %s, 1
+  br label %search
+found:
   %workers = add i64 %count, 1
   %workersp = getelementptr i64, ptr %job, i64 1
   store i64 %workers, ptr %workersp
   %shares = load ptr, ptr %job
   br label %clear
 clear:
-  %c = phi i64 [ 0, %entry ], [ %cnext, %clear ]
-  %offset = mul i64 %c, {SHARE}
-  %share = getelementptr i8, ptr %shares, i64 %offset
+  %c = phi i64 [ 0, %found ], [ %cnext, %clear ]
+  %shareat = mul i64 %c, {SHARE}
+  %share = getelementptr i8, ptr %shares, i64 %shareat
   store i64 0, ptr %share
   %cnext = add i64 %c, 1
   %unclear = icmp slt i64 %cnext, %workers
-  br i1 %unclear, label %clear, label %post
-post:
+  br i1 %unclear, label %clear, label %posting
+posting:
   %i = phi i64 [ 0, %clear ], [ %inext, %postone ]
   %unposted = icmp slt i64 %i, %count
   br i1 %unposted, label %postone, label %own
 postone:
-  %boxp = getelementptr ptr, ptr %boxes, i64 %i
+  %boxp = getelementptr ptr, ptr %ours, i64 %i
   %box = load ptr, ptr %boxp
   %inext = add i64 %i, 1
-  %patiencep = getelementptr i64, ptr %box, i64 1
+  %patiencep = getelementptr i64, ptr %box, i64 {_PATIENCE}
   store atomic i64 %patience, ptr %patiencep monotonic, align 8
-  %functionp = getelementptr i64, ptr %box, i64 2
+  %functionp = getelementptr i64, ptr %box, i64 {_FUNCTION}
   store ptr %function, ptr %functionp
-  %jobp = getelementptr i64, ptr %box, i64 3
+  %jobp = getelementptr i64, ptr %box, i64 {_JOB}
   store ptr %job, ptr %jobp
-  %workerp = getelementptr i64, ptr %box, i64 4
+  %workerp = getelementptr i64, ptr %box, i64 {_WORKER}
   store i64 %inext, ptr %workerp
-  call void @tell(ptr %box, i64 2)
-  br label %post
+  call void @post(ptr %box)
+  br label %posting
 own:
   call void %function(ptr %job, i64 0)
   br label %recall
 recall:
-  %k = phi i64 [ 0, %own ], [ %knext, %poll ]
+  %k = phi i64 [ 0, %own ], [ %knext, %release ]
   %unrecalled = icmp slt i64 %k, %count
   br i1 %unrecalled, label %recallone, label %exit
 recallone:
-  %kboxp = getelementptr ptr, ptr %boxes, i64 %k
+  %kboxp = getelementptr ptr, ptr %ours, i64 %k
   %kbox = load ptr, ptr %kboxp
   %knext = add i64 %k, 1
   %withdrawn = cmpxchg ptr %kbox, i64 2, i64 1 acq_rel acquire
@@ -167,7 +276,7 @@ poll:
   %n = phi i64 [ 0, %recallone ], [ %nnext, %busy ], [ %nnext, %offer ]
   %kstate = load atomic i64, ptr %kbox acquire, align 8
   %works = icmp eq i64 %kstate, 3
-  br i1 %works, label %busy, label %recall
+  br i1 %works, label %busy, label %release
 busy:
   %nnext = add i64 %n, 1
   %long = icmp sgt i64 %n, 1000
@@ -175,6 +284,10 @@ busy:
 offer:
   %offered = call i32 @sched_yield()
   br label %poll
+release:
+  %kownedp = getelementptr i64, ptr %kbox, i64 {_OWNED}
+  store atomic i64 {_FREE}, ptr %kownedp release, align 8
+  br label %recall
 exit:
   ret void
 }}
@@ -183,7 +296,6 @@ exit:
 
 @cache
 def _process() -> ctypes.PyDLL:
-    """The functions of the C library. None of those used here takes long: the interpreter's lock is held."""
     return ctypes.PyDLL(None)
 
 
@@ -195,7 +307,9 @@ def _compiled() -> Any:
 
     for name in re.findall(r"^declare .* @(\w+)", _ASSEMBLY, re.MULTILINE):
         llvm.add_symbol(name, ctypes.cast(getattr(_process(), name), ctypes.c_void_p).value)
-    return Module(_ASSEMBLY, vectorize=False)
+    module = Module(_ASSEMBLY, vectorize=False)
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(module))  # helpers never leave it
+    return module
 
 
 def _address(name: str) -> int:
@@ -204,80 +318,63 @@ def _address(name: str) -> int:
 
 
 @cache
-def _function(name: str, *arguments: Any) -> Any:
-    """A compiled function; ctypes lets go of the interpreter's lock while it runs."""
-    return ctypes.CFUNCTYPE(None, *arguments)(_address(name))
-
-
-@cache
 def together() -> int:
-    """The address of ``together(boxes, count, patience, function, job)``, for machine code that calls it."""
+    """The address of ``together(most, patience, function, job)``, for machine code that calls it."""
     return _address("together")
 
 
-class Helper:
-    """A thread that serves whoever took it off the list of idle ones. ``RuntimeError``: none can be started."""
-
-    def __init__(self) -> None:
-        self._memory = (ctypes.c_char * (_SIZE + _LOCK))()
-        self.at = -(-ctypes.addressof(self._memory) // _LOCK) * _LOCK
-        self.alone = (ctypes.c_int64 * 1)(self.at)  # what `boxes` gives for this helper
-        self._state = ctypes.c_int64.from_address(self.at)
-        _process().pthread_mutex_init(ctypes.c_void_p(self.at + _LOCK), None)
-        _process().pthread_cond_init(ctypes.c_void_p(self.at + _CONDITION), None)
-        self._cpus = _cpus()
-        self._kept_off = -1
-        serve = _function("serve", ctypes.c_void_p)
-        self._thread = threading.Thread(target=serve, args=(self.at,), name="xpoptim", daemon=True)
-        self._thread.start()
-
-    def keep_off(self) -> None:
-        """If it sleeps, have it wake on another CPU than the caller's."""
-        if self._cpus and self._state.value == _ASLEEP:
-            here = _process().sched_getcpu()
-            others = self._cpus - {here}
-            if here != self._kept_off and others:
-                self._move_to(others)
-                self._kept_off = here
-
-    def _move_to(self, cpus: frozenset[int]) -> None:
-        try:
-            os.sched_setaffinity(self._thread.native_id or 0, cpus)
-        except OSError:  # the process may no longer use them: leave it to the system from now on
-            self._cpus = frozenset()
-
-    def close(self) -> None:
-        """End the thread."""
-        _function("tell", ctypes.c_void_p, ctypes.c_int64)(self.at, _GONE)
-        self._thread.join()
+@cache
+def _functions() -> tuple[Any, Any]:
+    """``serve`` and ``together``; ctypes lets go of the interpreter's lock while they run."""
+    pointer, word = ctypes.c_void_p, ctypes.c_int64
+    serve = ctypes.CFUNCTYPE(None, pointer)(_address("serve"))
+    return serve, ctypes.CFUNCTYPE(None, word, word, pointer, pointer)(together())
 
 
-def _cpus() -> frozenset[int]:
-    """The CPUs among which helpers may be moved; none where that cannot be done."""
-    possible = hasattr(os, "sched_setaffinity") and hasattr(_process(), "sched_getcpu")
-    return frozenset(os.sched_getaffinity(0)) if possible else frozenset()
-
-
-_lock = threading.Lock()
-_idle: list[Helper] = []
-_number = 0  # of helpers, idle or not
+_places = list(range(MOST - 2, -1, -1))  # for helpers that there are not yet
 _ended = 0.0  # when the last job was done
 
 
 def _after_fork() -> None:
-    global _lock, _idle, _number
-    _lock, _idle, _number = threading.Lock(), [], 0  # the parent's threads do not exist here
+    """The parent's threads do not exist in a child."""
+    global _places
+    ctypes.memset(_HEADER, 0, (MOST - 1) * _SIZE + _LOCK)
+    _places = list(range(MOST - 2, -1, -1))
 
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
-@atexit.register
-def _close() -> None:
-    """End the helpers before the interpreter lets go of their code. One at work is in a step that has not returned."""
-    while _idle:
-        _idle.pop().close()
+def _count() -> int:
+    return MOST - 1 - len(_places)
+
+
+def _make() -> bool:
+    """One more helper; False if no thread can be started, as when the interpreter shuts down."""
+    serve, _ = _functions()
+    try:
+        place = _places.pop()
+    except IndexError:
+        return False
+    at = _FIRST + place * _SIZE
+    words = (ctypes.c_int64 * 8).from_address(at)
+    words[:] = [_AWAKE, 0, 0, 0, 0, 0, -1, _ABSENT]
+    _process().pthread_mutex_init(ctypes.c_void_p(at + _LOCK), None)
+    _process().pthread_cond_init(ctypes.c_void_p(at + _CONDITION), None)
+
+    def live() -> None:
+        words[_THREAD] = threading.get_native_id()
+        serve(at)
+
+    try:
+        threading.Thread(target=live, name="xpoptim", daemon=True).start()
+    except RuntimeError:
+        _places.append(place)
+        return False
+    words[_OWNED] = _FREE
+    _look_at.value = max(_look_at.value, place + 1)
+    return True
 
 
 class Work:
@@ -286,45 +383,27 @@ class Work:
     def __init__(self, elements: int) -> None:
         awake = min(_LONGEST, elements * _PER_ELEMENT)
         self.soon = awake / 2  # so that a pause that is a little longer now and then does not find helpers asleep
-        self.patience = int(awake / _YIELD)
-        self.most = min(MOST, elements // _WORTH_SHARING) - 1
-        self.most_to_wake = min(MOST, elements // _WORTH_WAKING) - 1
+        self.patience = int(awake * 1e9)
+        self.most = max(0, min(MOST, elements // _WORTH_SHARING) - 1)
+        self.most_to_wake = max(0, min(MOST, elements // _WORTH_WAKING) - 1)
 
 
-def hired(work: Work) -> tuple[list[Helper], int]:
-    """Helpers for a job, to be given to `dismiss` after it, and the patience they are to have."""
+def hired(work: Work) -> tuple[int, int]:
+    """How many helpers may take part in a job, and the nanoseconds that they are to stay awake after it."""
     if work.most < 1:
-        return [], 0
+        return 0, 0
+    threads = get_num_threads()
     soon = time.perf_counter() - _ended < work.soon
-    count = min(work.most if soon else work.most_to_wake, get_num_threads() - 1)
-    helpers: list[Helper] = []
-    while len(helpers) < count and (helper := _taken()) is not None:
-        helpers.append(helper)
-    return helpers, work.patience if soon else 0
+    most = min(work.most if soon else work.most_to_wake, threads - 1)
+    while _count() < most and _make():
+        pass
+    # More threads than CPUs would wait for each other, awake.
+    return most, work.patience if soon and threads <= available() else 0
 
 
-def _taken() -> Helper | None:
-    """An idle helper or a new one. None if there are as many as there may be, or no thread can be started."""
-    global _number
-    try:
-        helper = _idle.pop()
-    except IndexError:
-        with _lock:
-            if _number >= get_num_threads() - 1:
-                return None
-            try:
-                helper = Helper()
-            except RuntimeError:  # as when the interpreter shuts down
-                return None
-            _number += 1
-    helper.keep_off()
-    return helper
-
-
-def dismiss(helpers: list[Helper]) -> None:
-    """Give helpers back after a job."""
+def done() -> None:
+    """To be called after a job."""
     global _ended
-    _idle.extend(helpers)
     _ended = time.perf_counter()
 
 
@@ -333,17 +412,7 @@ def cursors() -> np.ndarray:
     return np.zeros(MOST * SHARE // 8, np.int64)
 
 
-def boxes(helpers: list[Helper]) -> Any:
-    """Where the helpers' memory lies, as ``together`` wants it."""
-    return helpers[0].alone if len(helpers) == 1 else (ctypes.c_int64 * len(helpers))(*[x.at for x in helpers])
-
-
 def run(function: int, job: int, work: Work) -> None:
     """Run a job, given by two addresses; return when it is done."""
-    pointer, word = ctypes.c_void_p, ctypes.c_int64
-    call = _function("together", pointer, word, word, pointer, pointer)
-    helpers, patience = hired(work)
-    try:
-        call(boxes(helpers), len(helpers), patience, function, job)
-    finally:
-        dismiss(helpers)
+    _functions()[1](*hired(work), function, job)
+    done()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import numpy as np
@@ -57,6 +58,7 @@ class Ready:
     ) -> None:
         self.recipe, self.plan, self._watch, self.direct = recipe, plan, watch, direct
         self.keys = [leaf.key for leaf in leaves]
+        self.busy = threading.Lock()  # held by the one step that uses the plan
         self.gradient_names = {leaf.key: leaf.named("grads") for leaf in leaves}
         self.on_gpu = leaves[0].space == "cupy"
         self._shape, self._copies, self._boxes = skeleton, copies or {}, boxes or {}
@@ -73,7 +75,7 @@ class Ready:
         if self._boxes and not (isinstance(params, dict | list) and self._filled(columns)):
             return None
         for name in self.recipe.slots:
-            arrays = slots.get(name)
+            arrays = slots.get(name) if isinstance(slots, dict) else None
             if not isinstance(arrays, dict) or len(arrays) != len(self.keys):
                 return None
             columns.append(list(arrays.values()) if list(arrays) == self.keys else [arrays.get(k) for k in self.keys])
@@ -110,7 +112,9 @@ class Ready:
         return {i: columns[1][i] for i in self._odd if columns[1][i] is not None}
 
 
-def ready(recipe: Recipe, plan: Any, leaves: list[Leaf], params: Any, grads: list[Any]) -> Ready | None:
+def ready(
+    recipe: Recipe, plan: Any, leaves: list[Leaf], params: Any, grads: list[Any], slots: dict[str, dict[str, Any]]
+) -> Ready | None:
     """What the next step can start from, if every leaf was a plain array; else None.
 
     ``grads`` are the gradients as they were given: some ``leaves`` may have copies of other layout.
@@ -134,8 +138,10 @@ def ready(recipe: Recipe, plan: Any, leaves: list[Leaf], params: Any, grads: lis
     cells, lengths = plan.cells()
     for i in copies:
         cells[1][i] = scan.nowhere()
-    scanner = scan.Scanner(columns, [leaf.index for leaf in leaves], cells, lengths)
-    direct = None if copies or numbers else _direct(plan, scanner, leaves, params)
+    keys = [list(slots[name]) for name in recipe.slots]  # the objects themselves: they are compared by identity
+    scanner = scan.Scanner(columns, [[leaf.index for leaf in leaves]] * 2 + keys, cells, lengths)
+    in_order = all([leaf.key for leaf in leaves] == names for names in keys)
+    direct = _direct(plan, scanner, leaves, params) if in_order and not copies and not numbers else None
     boxes = {i: _Box(leaves[i]) for i in numbers}
     return Ready(recipe, plan, leaves, scanner, skeleton(params), direct=direct, copies=copies, boxes=boxes)
 
@@ -146,6 +152,4 @@ def _direct(plan: Any, scanner: Any, leaves: list[Leaf], params: Any) -> Any:
 
     flat = type(params) in (dict, list) and all(leaf.home is params for leaf in leaves)
     job = plan.only_job() if flat else None
-    if job is None or not scan.Direct.possible(scanner.columns * len(leaves), job[1]):
-        return None
-    return scan.Direct(scanner, type(params), *job)
+    return scan.Direct(scanner, type(params), *job) if job is not None else None

@@ -25,15 +25,13 @@ from .threads import compiling
 # Offsets in the array object, behind the 16 bytes that every object of a standard CPython build begins with.
 _DATA, _NDIM, _DIMS, _STRIDES, _DESCR, _FLAGS = 16, 24, 32, 40, 56, 64
 _WRITEABLE = 0x0400
-_BOXES, _HELPERS, _MADE, _PATIENCE = 6, 7, 8, 10  # of `calls`, below
-_MOST = 1 << 14  # arrays of a long step: the references to them are kept on the stack
 _BRIEF = 1 << 18  # elements that are done before another thread has much need of the interpreter's lock
 
 # context: [columns, leaves, records, lengths, intervals, starts, ends, None, ndarray, dict, names, arrays],
 # 64-bit words; arrays: the objects found.
+# names: for each array its key, if its column's container is a dict.
 # kinds: the type of each column's container, dict or list.
-# calls: [prologue, inputs, scalars, run, job, together, boxes, helpers, whether the step was made, whether it is
-# long, patience].
+# calls: [prologue, inputs, scalars, run, job, together, whether to let other threads in].
 # record of an array: [dtype, flags, ndim, shape and strides, cell of the table, bytes].
 # lengths of a leaf: [cell of its length, its length].
 _ASSEMBLY = """
@@ -46,22 +44,21 @@ declare ptr @PyEval_SaveThread()
 declare void @PyEval_RestoreThread(ptr)
 declare void @Py_IncRef(ptr)
 declare void @Py_DecRef(ptr)
+declare ptr @PyMem_RawMalloc(i64)
+declare void @PyMem_RawFree(ptr)
 
-define i64 @step(ptr %containers, ptr %context, ptr %kinds, ptr %calls) {
+define i64 @step(ptr %containers, ptr %context, ptr %kinds, ptr %calls, i64 %most, i64 %patience, ptr %made) {
 entry:
   %different = call i64 @scan(ptr %containers, ptr %context, ptr %kinds)
   %isdifferent = icmp ne i64 %different, 0
-  br i1 %isdifferent, label %exit, label %compute
+  br i1 %isdifferent, label %differs, label %compute
 
 compute:
-  %donep = getelementptr i64, ptr %calls, i64 8
-  store i64 1, ptr %donep
   %prologue = load ptr, ptr %calls
   %w1 = getelementptr i64, ptr %calls, i64 1
   %inputs = load ptr, ptr %w1
   %w2 = getelementptr i64, ptr %calls, i64 2
   %scalars = load ptr, ptr %w2
-  call void %prologue(ptr %inputs, ptr %scalars)
   %w3 = getelementptr i64, ptr %calls, i64 3
   %run = load ptr, ptr %w3
   %w4 = getelementptr i64, ptr %calls, i64 4
@@ -69,18 +66,14 @@ compute:
   %w5 = getelementptr i64, ptr %calls, i64 5
   %together = load ptr, ptr %w5
   %w6 = getelementptr i64, ptr %calls, i64 6
-  %boxes = load ptr, ptr %w6
-  %w7 = getelementptr i64, ptr %calls, i64 7
-  %count = load i64, ptr %w7
-  %w10 = getelementptr i64, ptr %calls, i64 10
-  %patience = load i64, ptr %w10
-  %w9 = getelementptr i64, ptr %calls, i64 9
-  %long = load i64, ptr %w9
+  %long = load i64, ptr %w6
   %brief = icmp eq i64 %long, 0
   br i1 %brief, label %locked, label %holds
 
 locked:
-  call void %together(ptr %boxes, i64 %count, i64 %patience, ptr %run, ptr %job)
+  store i64 1, ptr %made
+  call void %prologue(ptr %inputs, ptr %scalars)
+  call void %together(i64 %most, i64 %patience, ptr %run, ptr %job)
   br label %exit
 
 holds: ; references of our own, and only then are other threads let in
@@ -90,8 +83,10 @@ holds: ; references of our own, and only then are other threads let in
   %arrays = mul i64 %columns, %leaves
   %k11 = getelementptr i64, ptr %context, i64 11
   %found = load ptr, ptr %k11
-  %mine = alloca ptr, i64 %arrays ; not where the next scan writes
-  br label %hold
+  %bytes = mul i64 %arrays, 8
+  %mine = call ptr @PyMem_RawMalloc(i64 %bytes) ; not where the next scan writes
+  %full = icmp eq ptr %mine, null
+  br i1 %full, label %differs, label %hold
 hold:
   %h = phi i64 [ 0, %holds ], [ %hnext, %hold ]
   %heldp = getelementptr ptr, ptr %found, i64 %h
@@ -103,8 +98,10 @@ hold:
   %hmore = icmp slt i64 %hnext, %arrays
   br i1 %hmore, label %hold, label %unlocked
 unlocked:
+  store i64 1, ptr %made
   %thread = call ptr @PyEval_SaveThread()
-  call void %together(ptr %boxes, i64 %count, i64 %patience, ptr %run, ptr %job)
+  call void %prologue(ptr %inputs, ptr %scalars)
+  call void %together(i64 %most, i64 %patience, ptr %run, ptr %job)
   call void @PyEval_RestoreThread(ptr %thread)
   br label %drop
 drop:
@@ -114,10 +111,16 @@ drop:
   call void @Py_DecRef(ptr %dropped)
   %dnext = add i64 %d, 1
   %dmore = icmp slt i64 %dnext, %arrays
-  br i1 %dmore, label %drop, label %exit
+  br i1 %dmore, label %drop, label %free
+free:
+  call void @PyMem_RawFree(ptr %mine)
+  br label %exit
 
 exit:
-  ret i64 %different
+  ret i64 0
+
+differs:
+  ret i64 1
 }
 
 define i64 @scan(ptr %containers, ptr %context, ptr %kinds) {
@@ -154,7 +157,6 @@ column:
   %j = phi i64 [ 0, %entry ], [ %jnext, %columnend ]
   %container = call ptr @PyTuple_GetItem(ptr %containers, i64 %j)
   %isgradient = icmp eq i64 %j, 1
-  %isslot = icmp sgt i64 %j, 1
   %firstrecord = mul i64 %j, %leaves
   %kindat = getelementptr i8, ptr %container, i64 8
   %kind = load ptr, ptr %kindat
@@ -188,13 +190,13 @@ leaf:
 
 fromdict:
   %there = call i32 @PyDict_Next(ptr %container, ptr %position, ptr %key, ptr %value)
-  %nameat = getelementptr ptr, ptr %names, i64 %i
+  %nameplace = add i64 %firstrecord, %i
+  %nameat = getelementptr ptr, ptr %names, i64 %nameplace
   %wantname = load ptr, ptr %nameat
   %name = load ptr, ptr %key
   %samename = icmp eq ptr %name, %wantname
-  %rightname = or i1 %samename, %isslot ; where slots lie tells which they are
   %dictarray = load ptr, ptr %value
-  br i1 %rightname, label %found_array, label %differs
+  br i1 %samename, label %found_array, label %differs
 
 fromlist:
   %listarray = call ptr @PyList_GetItem(ptr %container, i64 %i)
@@ -415,7 +417,8 @@ def _compiled() -> tuple[Any, Any, Any]:
     # PYFUNCTYPE: the interpreter's lock is held, as for any extension module that looks at objects.
     pointer = ctypes.c_void_p
     scan = ctypes.PYFUNCTYPE(ctypes.c_int64, ctypes.py_object, pointer, pointer)
-    step = ctypes.PYFUNCTYPE(ctypes.c_int64, ctypes.py_object, pointer, pointer, pointer)
+    word = ctypes.c_int64
+    step = ctypes.PYFUNCTYPE(word, ctypes.py_object, pointer, pointer, pointer, word, word, pointer)
     return scan(module.address("scan")), step(module.address("step")), module
 
 
@@ -432,13 +435,14 @@ class Scanner:
 
     ``cells[column][leaf]`` is the address of the table's cell for that array's pointer, ``lengths[leaf]`` the address
     of the leaf's length and the length. Arrays that are written must stay where they are; gradients
-    may be anywhere that no written array is, or None. ``names`` are the keys of a dict of parameters.
+    may be anywhere that no written array is, or None. ``names[column][leaf]`` is the array's key, where `Direct` will
+    look into dicts.
     """
 
     def __init__(
         self,
         columns: list[list[Any]],
-        names: list[Any],
+        names: list[list[Any]],
         cells: list[list[int]],
         lengths: list[tuple[int, int]],
     ) -> None:
@@ -457,7 +461,7 @@ class Scanner:
         starts = np.array([start for start, _ in spans], np.int64)
         ends = np.array([0, *(end for _, end in spans)], np.int64)[1:]  # before the first is nothing: it ends at 0
         pairs = np.array(lengths, np.int64)
-        keys = np.array([id(name) for name in names], np.int64)
+        keys = np.array([id(name) for column in names for name in column], np.int64)
         addresses = [records.ctypes.data, pairs.ctypes.data, len(spans), starts.ctypes.data, ends.ctypes.data]
         types = [id(None), id(np.ndarray), id(dict)]
         self._found = np.zeros(len(columns) * leaves, np.int64)
@@ -492,29 +496,15 @@ class Direct:
         self._scanner, self._work = scanner, crew.Work(elements)
         self._kinds = np.full(scanner.columns, id(dict), np.int64)
         self._kinds[:2] = id(container)
-        self._calls = (ctypes.c_int64 * 11)(*calls, crew.together(), 0, 0, 0, elements > _BRIEF, 0)
-        self._addresses = scanner.at, self._kinds.ctypes.data, ctypes.addressof(self._calls)
+        self._calls = np.array([*calls, crew.together(), elements > _BRIEF], np.int64)
+        self._addresses = scanner.at, self._kinds.ctypes.data, self._calls.ctypes.data
         self._step = _functions()[1]
 
-    @staticmethod
-    def possible(arrays: int, elements: int) -> bool:
-        return elements <= _BRIEF or arrays <= _MOST
+    def run(self, containers: tuple[Any, ...], made: Any) -> bool:
+        """Whether the step was made. It is not if anything may have changed, as when a key is another object.
 
-    def run(self, containers: tuple[Any, ...]) -> bool:
-        """Whether the step was made. It is not if anything may have changed, as when a key is another object."""
-        calls = self._calls
-        calls[_MADE] = 0
-        helpers, calls[_PATIENCE] = crew.hired(self._work)
-        calls[_HELPERS] = len(helpers)
-        if helpers:
-            boxes = crew.boxes(helpers)
-            calls[_BOXES] = ctypes.addressof(boxes)
-        try:
-            return self._step(containers, *self._addresses) == 0
-        finally:
-            crew.dismiss(helpers)
-
-    @property
-    def made(self) -> bool:
-        """Whether the latest call made its step; to be asked where an interrupt hid what `run` returned."""
-        return bool(self._calls[_MADE])
+        ``made`` is a ``c_int64`` that becomes 1 with the step, for a caller that is interrupted before it is told.
+        """
+        different = self._step(containers, *self._addresses, *crew.hired(self._work), ctypes.addressof(made))
+        crew.done()
+        return different == 0

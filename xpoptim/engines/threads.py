@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from functools import cache
 
 # Held while anything is compiled, and across a fork, so that a child never begins in the middle of a compilation.
 compiling = threading.RLock()
@@ -11,7 +12,9 @@ compiling = threading.RLock()
 _count: int | None = None
 
 
-def _available() -> int:
+@cache
+def available() -> int:
+    """The number of CPUs that this process could run on when it was first asked."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -39,7 +42,7 @@ def get_num_threads() -> int:
     if _count is None:
         text = os.environ.get("XPOPTIM_NUM_THREADS", "").strip()
         try:
-            _count = _checked(int(text), "XPOPTIM_NUM_THREADS") if text else _available()
+            _count = _checked(int(text), "XPOPTIM_NUM_THREADS") if text else available()
         except ValueError:
             raise ValueError(f"XPOPTIM_NUM_THREADS is {text!r}: set it to an integer of at least 1") from None
     return _count

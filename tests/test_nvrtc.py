@@ -15,7 +15,7 @@ try:
     nvrtc.version()
     WHY_NOT = ""
 except ImportError as error:
-    WHY_NOT = str(error)
+    WHY_NOT = str(error).split(". ")[0]
 
 needs_nvrtc = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)
 

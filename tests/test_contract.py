@@ -2279,6 +2279,7 @@ def added_to(p: Any, g: Any) -> Any:
         (lambda xp, p, g: 1.0, "float for a parameter"),
         (lambda xp, p, g: None, "NoneType for a parameter"),
         (lambda xp, p, g: p + 1j * g, "complex"),
+        (lambda xp, p, g: p > 0, "comparison"),
     ],
 )
 def test_a_plain_rule_that_does_what_a_rule_must_not(rule: Any, message: str) -> None:
@@ -2299,3 +2300,12 @@ def test_a_plain_rule_may_hand_arguments_through() -> None:
     opt.update(params, [np.full(4, 8.0)])
     assert params[0].tolist() == [0.0, 1.0, 2.0, 3.0]
     assert opt.state["slots"]["m"]["0"].tolist() == [0.0] * 4
+
+
+def test_a_plain_rule_may_return_views_of_its_arguments() -> None:
+    opt = plain_rule(lambda xp, p, g, m: (m[::-1], p[::-1]), ("m",))
+    params = [np.arange(4.0)]
+    opt.update(params, [np.ones(4)])
+    assert (params[0].tolist(), opt.state["slots"]["m"]["0"].tolist()) == ([0.0] * 4, [3.0, 2.0, 1.0, 0.0])
+    opt.update(params, [np.ones(4)])
+    assert (params[0].tolist(), opt.state["slots"]["m"]["0"].tolist()) == ([0.0, 1.0, 2.0, 3.0], [0.0] * 4)

@@ -247,7 +247,7 @@ class TestSameBits:
         x = values((LARGE,), dtype)
         with threads(count), mock.patch.object(crew, "run", wraps=crew.run) as shared:
             assert_engines_agree(lambda: xo.dropout(x, 0.3, seed=SEED, stream=1, inverted=True))
-            assert [crew.hired(call.args[2])[0] > 0 for call in shared.call_args_list] == [count > 1]
+            assert [crew.hired(crew.Work(call.args[2]))[0] > 0 for call in shared.call_args_list] == [count > 1]
 
     @pytest.mark.parametrize("grain", [1, 2, 3, 1000])
     def test_tasks_of_any_size(self, dtype, grain, monkeypatch):

@@ -371,11 +371,23 @@ def handler(signum, frame):
 
 signal.signal(signal.SIGALRM, handler)
 xo.set_num_threads(2)
-size, seconds = int(sys.argv[1]), 2.0
-opt, params, grads = xo.SGD(lr=1.0), {"p": np.zeros(size, np.float32)}, {"p": np.ones(size, np.float32)}
+kind, size, seconds = sys.argv[1], int(sys.argv[2]), 1.5
+p, one = np.zeros(size, np.float32), np.ones(size, np.float32)
+options, params, grads = {}, {"p": p}, {"p": one}
+if kind == "nested":
+    params, grads = {"layer": params}, {"layer": grads}
+elif kind == "schedule":
+    options["lr"] = lambda step: 1.0
+elif kind == "clip_norm":
+    options["clip_norm"] = 1e9
+elif kind == "two dtypes":
+    params["q"], grads["q"] = np.zeros(3), np.ones(3)
+elif kind == "full":
+    params["q"], grads["q"] = np.zeros(6)[::2], np.ones(3)
+opt = xo.SGD(**{"lr": 1.0, **options})
 end, wrong, interrupts = time.monotonic() + seconds, 0, 0
 while time.monotonic() < end:
-    before = opt.state["step"], params["p"].copy()
+    before, start = opt.state["step"], p.copy()
     try:
         signal.setitimer(signal.ITIMER_REAL, 1e-5 + 2e-4 * np.random.rand())
         while True:
@@ -383,19 +395,24 @@ while time.monotonic() < end:
     except Interrupt:
         interrupts += 1
     signal.setitimer(signal.ITIMER_REAL, 0)
-    steps = opt.state["step"] - before[0]
-    wrong += not (params["p"] == before[1] - steps).all()
-    if params["p"][0] < -1e6:
-        params["p"][:] = 0
-print(wrong, interrupts > 100)
+    steps = opt.state["step"] - before
+    wrong += not (p == start - steps).all()
+    if kind == "two dtypes":
+        wrong += not (params["q"] == p[0]).all()
+    if p[0] < -1e6:
+        p[:] = 0
+        if "q" in params:
+            params["q"][:] = 0
+print(wrong, interrupts > 50)
 """
+KINDS = ["flat", "nested", "schedule", "clip_norm", "two dtypes", "full"]
 
 
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this system has no interval timer")
-@pytest.mark.parametrize("size", [4, 200_000, 600_000])
-def test_steps_are_counted_whatever_a_signal_handler_raises(size: int) -> None:
+@pytest.mark.parametrize(("kind", "size"), [*((kind, 4) for kind in KINDS), ("flat", 200_000), ("nested", 600_000)])
+def test_steps_are_counted_whatever_a_signal_handler_raises(kind: str, size: int) -> None:
     """At any bytecode: in the quick path, in the engine, while helpers are made or at work."""
-    command = [sys.executable, "-c", SIGNALS, str(size)]
+    command = [sys.executable, "-c", SIGNALS, kind, str(size)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, done.stdout) == (0, "0 True\n"), done.stderr
 

@@ -7,6 +7,7 @@ path joined by dots, ``"encoder.0.W"``; a lone array's key is ``"param"``.
 from __future__ import annotations
 
 import numbers
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -260,7 +261,8 @@ def resolve_parameter(leaf: Leaf, *, writing: bool) -> None:
             f"{name} is {what}: a parameter is an array of an Array API namespace, a NumPy scalar or a float, "
             "and parameters are nested in dicts, lists and tuples"
         )
-    if isinstance(given, np.ma.MaskedArray):
+    masked = sys.modules.get("numpy.ma")  # NumPy loads it when it is first asked for: nobody has one before that
+    if masked is not None and isinstance(given, masked.MaskedArray):
         raise TypeError(f"{name} is a masked array, whose mask an update would not heed: pass its .data")
     leaf.space, leaf.dtype = space, dtype_name(given)
     if leaf.dtype not in REAL_DTYPES and leaf.dtype not in COMPLEX_DTYPES:

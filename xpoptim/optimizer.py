@@ -255,6 +255,8 @@ class Optimizer:
         if name == "decoupled" and value and "lr" not in cls._fields:
             raise TypeError(f"{cls.__name__}: decoupled weight decay needs a hyperparameter named lr")
         value = hyperparameters.checked(cls.__name__, name, value, static=name in cls._static, optional=optional)
+        # Before and after: what is derived in between is outdated, and so it is if a signal handler raises in between.
+        object.__setattr__(self, "_version", object())
         object.__setattr__(self, name, value)
         object.__setattr__(self, "_version", object())
 
@@ -438,8 +440,13 @@ class Optimizer:
             _ = self.state  # the host counts again
             step = self._step(recipe, leaves, state, writing)
         state["slots"] = slots
-        state["step"] += 1  # before the kernels run: Ctrl-C takes effect after them
-        step.run()
+        made = ctypes.c_int64()
+        state["step"] += 1  # first, and taken back if nothing was written: see `_directly`
+        try:
+            step.run(made)
+        finally:
+            if not made.value:
+                state["step"] -= 1
         for k, name in enumerate(recipe.slots):
             for leaf in step.others:
                 slots[name][leaf.key] = leaf.slots[k]
@@ -477,9 +484,15 @@ class Optimizer:
         if recipe.reductions:
             sums = ready.plan.squares(values, ready.odd(columns))
             values.append(finite_norm(ready.gradient_names, dict(zip(ready.keys, sums.tolist(), strict=True))))
-        state["step"] += 1  # first, as above
-        ready.plan.run(values)
-        ready.rebind(params, columns)
+        made = ctypes.c_int64()
+        state["step"] += 1  # first, and taken back if the kernels did not begin: see `_directly`
+        try:
+            ready.plan.run(values, made)
+        finally:
+            if made.value:
+                ready.rebind(params, columns)
+            else:
+                state["step"] -= 1
         return True
 
     def _directly(self, ready: Ready, constants: tuple[float, ...], params: Any, grads: Any) -> bool:

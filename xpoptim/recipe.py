@@ -163,7 +163,7 @@ def _plain(rule: Callable[..., Any], xp: Functions, arrays: list[Value], keyword
     results = result if isinstance(result, tuple | list) else (result,)
     for raw in results:
         _check_plain(backend.rule, raw, arrays[0].raw)
-    return tuple(Value(backend, own.get(id(raw), raw)) for raw in results)
+    return tuple(Value(backend, own[id(raw)] if id(raw) in own else _apart(backend.xp, raw, arrays)) for raw in results)
 
 
 def _read_only(raw: Any) -> Any:
@@ -175,12 +175,21 @@ def _read_only(raw: Any) -> Any:
     return view
 
 
+def _apart(xp: Any, raw: Any, arrays: list[Value]) -> Any:
+    """A result in memory of its own: a view of an argument would change when that is written to."""
+    if isinstance(raw, np.ndarray) and not any(np.may_share_memory(raw, array.raw) for array in arrays):
+        return raw
+    return xp.asarray(raw, copy=True)
+
+
 def _check_plain(rule: str, raw: Any, p: Any) -> None:
     """What a plain rule returns is written to arrays of the parameter's shape: nothing is broadcast or cut."""
     shape = getattr(raw, "shape", None)
     if shape is None or tuple(shape) != tuple(p.shape):
         what = f"shape {tuple(shape)}" if shape is not None else type(raw).__name__
         raise TraceError(f"{rule} returns an array of {what} for a parameter of shape {tuple(p.shape)}")
+    if "bool" in str(raw.dtype):
+        raise TraceError(f"{rule} returns a comparison: xp.where turns it into numbers")
     if "complex" in str(raw.dtype):
         raise TraceError(
             f"{rule} returns complex numbers: a rule gets real and imaginary parts in turn, as real arrays"

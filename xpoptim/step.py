@@ -127,10 +127,11 @@ class Step:
         sums |= {leaf.key: reference.squares_sum(self.recipe, leaf, scalars) for leaf in self.others}
         return finite_norm({leaf.key: leaf.named("grads") for leaf in self.leaves}, sums)
 
-    def run(self) -> None:
-        """Write parameters and slots; immutable leaves get new arrays instead."""
+    def run(self, made: Any) -> None:
+        """Write parameters and slots; immutable leaves get new arrays instead. ``made``, a ``c_int64``, becomes 1."""
         if self.cpu_plan is not None:
-            self.cpu_plan.run(self.values)
+            self.cpu_plan.run(self.values, made)
+        made.value = 1
         if self.counter is not None:
             self.gpu_plan.run_on_device(self.values, self.counter, from_state=False)
             self.counter.expected += 1

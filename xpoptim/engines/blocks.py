@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from functools import cached_property
 from typing import Any
 
@@ -13,6 +12,7 @@ from ..fusion.cuda import THREADS
 from ..fusion.program import BlockProgram
 from ..fusion.scalars import evaluate
 from . import crew
+from .threads import compiling
 
 _GRAIN = 1 << 13  # blocks of a task
 
@@ -44,7 +44,6 @@ class Kernel:
 
     def __init__(self, program: BlockProgram) -> None:
         self.program = program
-        self._lock = threading.Lock()  # so that two threads do not compile the same
         self._on_cpu: dict[bool, tuple[int, Any]] = {}
 
     def run(self, x: Any, y: Any, inputs: list[float], words: list[int]) -> None:
@@ -65,7 +64,7 @@ class Kernel:
         if in_place not in self._on_cpu:
             from .jit import Module
 
-            with self._lock:
+            with compiling:  # so that two threads do not compile the same, nor a fork comes between
                 if in_place not in self._on_cpu:
                     module = Module(
                         llvm_blocks.assembly(self.program, in_place=in_place), subnormals=("prologue", "run")
@@ -77,7 +76,7 @@ class Kernel:
         cursors = crew.cursors()
         source, target, *rest = (a.ctypes.data for a in (x, y, scalars, words))
         job = np.array([cursors.ctypes.data, 0, source, target, numbers, *rest, _GRAIN], np.int64)
-        crew.run(self._compiled(source == target), job.ctypes.data, crew.Work(numbers))
+        crew.run(self._compiled(source == target), job.ctypes.data, numbers)
 
     @cached_property
     def _cuda(self) -> str:

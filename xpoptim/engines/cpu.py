@@ -36,7 +36,6 @@ class Kernel:
 
         self._module = Module(assembly(program), subnormals=("prologue", "run"))
         self.prologue, self.run = self._module.address("prologue"), self._module.address("run")
-        self.round = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p)(self.prologue)
         self.scalars = len(program.scalars)
 
 
@@ -86,9 +85,9 @@ class _Pass:
         self._job = np.array([cursors, 0, table, rows, self.scalars_at, grain, total, sums], np.int64)
         self.job_at = self._job.ctypes.data
 
-    def run(self, inputs: int, work: crew.Work) -> None:
-        self.kernel.round(inputs, self.scalars_at)
-        crew.run(self.kernel.run, self.job_at, work)
+    def call(self, inputs: int) -> list[int]:
+        """For `crew.Calls`."""
+        return [self.kernel.prologue, inputs, self.scalars_at, self.kernel.run, self.job_at]
 
 
 def stageable(leaf: Leaf) -> bool:
@@ -137,7 +136,6 @@ class _Group:
     first: int  # its first row
     start: int  # where its elements begin in the line of all rows, padded to whole chunks
     total: int  # the length of that line
-    work: crew.Work
     elements: int  # the true number of elements
 
 
@@ -163,7 +161,7 @@ class Plan:
         row = start = 0
         for (dtype, g_dtype), members in by_dtypes.items():
             passes = {kind: _Pass(kernel) for kind, kernel in kernels(recipe, dtype, g_dtype).items()}
-            group = _Group(passes, members, first=row, start=start, total=0, elements=0, work=crew.Work(0))
+            group = _Group(passes, members, first=row, start=start, total=0, elements=0)
             for i in members:
                 self._fill(row, start - group.start, i, leaves[i])
                 self._starts[i] = start
@@ -171,7 +169,6 @@ class Plan:
                 row += 1
             group.total = start - group.start
             group.elements = sum(self._lengths[i] for i in members)
-            group.work = crew.Work(group.elements)
             self._groups.append(group)
         self._sums = np.zeros(start // CHUNK + 1)
         self._first_chunks = np.array(self._starts, np.int64) // CHUNK
@@ -185,6 +182,13 @@ class Plan:
             sums = self._sums.ctypes.data + group.start // CHUNK * 8
             for one in group.passes.values():
                 one.over(self._cursors_at, table, len(group.leaves), group.total, sums)
+        busy = [group for group in self._groups if group.elements]
+        self.elements = sum(group.elements for group in busy)
+        largest = max((group.elements for group in busy), default=0)
+        self.calls = {
+            kind: crew.Calls([group.passes[kind].call(self._inputs_at) for group in busy], largest)
+            for kind in _passes(recipe)
+        }
 
     def _fill(self, row: int, start: int, i: int, leaf: Leaf) -> None:
         length = leaf.p.size * (2 if leaf.dtype in PART else 1)  # a complex array is its parts in turn
@@ -210,8 +214,7 @@ class Plan:
         skipped = [(self._rows[i], self._table[self._rows[i], 0]) for i in odd]
         for row, _ in skipped:
             self._table[row, 0] = 0
-        for group in self._groups:
-            self._call(group, "norm")
+        self.calls["norm"].run(ctypes.c_int64())
         for row, length in skipped:
             self._table[row, 0] = length
         lengths = self._table[self._rows, 0]
@@ -242,25 +245,12 @@ class Plan:
             row[0], row[1], row[HEADER + 1] = count, 0, piece.ctypes.data
             out = chunks[n * (_PIECE // CHUNK) :]
             norm.over(self._cursors_at, row.ctypes.data, 1, _PIECE, out.ctypes.data)
-            norm.run(self._inputs_at, crew.Work(count))
-
-    def only_job(self) -> tuple[list[int], int] | None:
-        """The update as addresses for `scan.Direct`, and its elements, if it is a single job."""
-        if len(self._groups) != 1 or "norm" in self._groups[0].passes:
-            return None
-        one = self._groups[0].passes["update"]
-        calls = [one.kernel.prologue, self._inputs_at, one.scalars_at, one.kernel.run, one.job_at]
-        return calls, self._groups[0].elements
+            crew.Calls([norm.call(self._inputs_at)], count).run(ctypes.c_int64())
 
     def set_inputs(self, inputs: Sequence[float]) -> None:
         self._inputs[:] = inputs
 
-    def run(self, inputs: list[float]) -> None:
-        """Update every leaf."""
+    def run(self, inputs: list[float], made: Any) -> None:
+        """Update every leaf, in one call. ``made``, a ``c_int64``, becomes 1 when that begins."""
         self.set_inputs(inputs)
-        for group in self._groups:
-            self._call(group, "update")
-
-    def _call(self, group: _Group, kind: str) -> None:
-        if group.elements:
-            group.passes[kind].run(self._inputs_at, group.work)
+        self.calls["update"].run(made)

@@ -16,6 +16,7 @@ code and memory are never given back, since a thread may be in them when the int
 
 from __future__ import annotations
 
+import _thread
 import ctypes
 import os
 import re
@@ -31,14 +32,16 @@ from .threads import available, compiling, get_num_threads
 
 MOST = 64  # workers: the bandwidth of the memory is spent long before
 SHARE = 64  # bytes between the cursors of two workers: a cache line
+_CALL = 5  # words of a call, for `perform`
 # Elements for each worker, at least: with helpers that must be woken (about 50 µs), and with helpers that are awake.
 _WORTH_WAKING, _WORTH_SHARING = 1 << 17, 1 << 15
 _LONGEST = 4e-3  # seconds that a helper stays awake at most
 _PER_ELEMENT = 5e-9  # seconds that it stays awake, for each element of the last job
 
-# A helper's memory: the words below; then its lock and its condition, apart since CPUs fetch cache lines in pairs.
-_LOCK, _CONDITION, _SIZE = 128, 256, 384  # bytes
-_STATE, _PATIENCE, _FUNCTION, _JOB, _WORKER, _THREAD, _KEPT_OFF, _OWNED = range(8)
+# A helper's memory: the words below; then its lock, its condition, and the CPUs it was last told to use, apart since
+# CPUs fetch cache lines in pairs.
+_LOCK, _CONDITION, _CPUS, _SIZE = 128, 256, 384, 512  # bytes
+_STATE, _PATIENCE, _FUNCTION, _JOB, _WORKER, _THREAD, _OWNED = range(7)
 _ASLEEP, _AWAKE = 0, 1  # states; 2: a job lies before it, 3: at work
 _FREE, _TAKEN, _ABSENT = 0, 1, 2  # whether a caller owns it
 
@@ -57,21 +60,18 @@ declare i32 @sched_getcpu()
 declare i32 @sched_getaffinity(i32, i64, ptr)
 declare i32 @sched_setaffinity(i32, i64, ptr)
 
-; Has a helper that sleeps wake on another CPU than this one, if the caller may use another.
+; Has a helper that sleeps wake on another CPU than this one, of those that the caller may use, if there is one.
 define internal void @keep_off(ptr %box) {{
 entry:
   %mask = alloca [16 x i64], align 16
   %threadp = getelementptr i64, ptr %box, i64 {_THREAD}
   %thread = load i64, ptr %threadp
-  %unknown = icmp eq i64 %thread, 0
-  %keptp = getelementptr i64, ptr %box, i64 {_KEPT_OFF}
-  %kept = load i64, ptr %keptp
+  %told = getelementptr i8, ptr %box, i64 {_CPUS}
   %cpu = call i32 @sched_getcpu()
   %here = sext i32 %cpu to i64
-  %same = icmp eq i64 %here, %kept
+  %unknown = icmp eq i64 %thread, 0
   %far = icmp uge i64 %here, 1024
-  %skip1 = or i1 %unknown, %same
-  %skip = or i1 %skip1, %far
+  %skip = or i1 %unknown, %far
   br i1 %skip, label %exit, label %ask
 ask:
   %got = call i32 @sched_getaffinity(i32 0, i64 128, ptr %mask)
@@ -83,8 +83,8 @@ clear:
   %word = load i64, ptr %wordp
   %place = and i64 %here, 63
   %bit = shl i64 1, %place
-  %others = xor i64 %bit, -1
-  %cleared = and i64 %word, %others
+  %not = xor i64 %bit, -1
+  %cleared = and i64 %word, %not
   store i64 %cleared, ptr %wordp
   br label %gather
 gather:
@@ -98,11 +98,28 @@ gather:
   br i1 %more, label %gather, label %choose
 choose:
   %none = icmp eq i64 %anynext, 0
-  br i1 %none, label %exit, label %move
+  %chosen = select i1 %none, i64 %word, i64 %cleared
+  store i64 %chosen, ptr %wordp
+  br label %compare
+compare: ; with what it was told the last time
+  %c = phi i64 [ 0, %choose ], [ %cnext, %compare ]
+  %changes = phi i64 [ 0, %choose ], [ %changed, %compare ]
+  %wantp = getelementptr i64, ptr %mask, i64 %c
+  %want = load i64, ptr %wantp
+  %wasp = getelementptr i64, ptr %told, i64 %c
+  %was = load i64, ptr %wasp
+  %differs = xor i64 %want, %was
+  %changed = or i64 %changes, %differs
+  store i64 %want, ptr %wasp
+  %cnext = add i64 %c, 1
+  %cmore = icmp slt i64 %cnext, 16
+  br i1 %cmore, label %compare, label %compared
+compared:
+  %unchanged = icmp eq i64 %changed, 0
+  br i1 %unchanged, label %exit, label %move
 move:
   %id = trunc i64 %thread to i32
   %moved = call i32 @sched_setaffinity(i32 %id, i64 128, ptr %mask)
-  store i64 %here, ptr %keptp
   br label %exit
 exit:
   ret void
@@ -197,7 +214,7 @@ exit:
 }}
 
 ; Runs a job with at most so many helpers, of those that nobody else has. Its second word becomes the number of workers.
-define void @together(i64 %most, i64 %patience, ptr %function, ptr %job) {{
+define internal void @together(i64 %most, i64 %patience, ptr %function, ptr %job) {{
 entry:
   %ours = alloca [{MOST} x ptr], align 16
   %header = inttoptr i64 {_HEADER} to ptr
@@ -291,6 +308,41 @@ release:
 exit:
   ret void
 }}
+
+; Runs one job after the other, with nothing of Python's between them. calls: [prologue, inputs, scalars, function, job]
+; for each, where the prologue, if there is one, makes the scalars of the inputs. `made` becomes 1 before the first.
+define void @perform(i64 %most, i64 %patience, i64 %count, ptr %calls, ptr %made) {{
+entry:
+  store i64 1, ptr %made
+  br label %next
+next:
+  %i = phi i64 [ 0, %entry ], [ %inext, %run ]
+  %left = icmp slt i64 %i, %count
+  br i1 %left, label %one, label %exit
+one:
+  %offset = mul i64 %i, {_CALL * 8}
+  %call = getelementptr i8, ptr %calls, i64 %offset
+  %prologue = load ptr, ptr %call
+  %without = icmp eq ptr %prologue, null
+  br i1 %without, label %run, label %scalar
+scalar:
+  %inputsp = getelementptr i64, ptr %call, i64 1
+  %inputs = load ptr, ptr %inputsp
+  %scalarsp = getelementptr i64, ptr %call, i64 2
+  %scalars = load ptr, ptr %scalarsp
+  call void %prologue(ptr %inputs, ptr %scalars)
+  br label %run
+run:
+  %functionp = getelementptr i64, ptr %call, i64 3
+  %function = load ptr, ptr %functionp
+  %jobp = getelementptr i64, ptr %call, i64 4
+  %job = load ptr, ptr %jobp
+  call void @together(i64 %most, i64 %patience, ptr %function, ptr %job)
+  %inext = add i64 %i, 1
+  br label %next
+exit:
+  ret void
+}}
 """
 
 
@@ -318,63 +370,68 @@ def _address(name: str) -> int:
 
 
 @cache
-def together() -> int:
-    """The address of ``together(most, patience, function, job)``, for machine code that calls it."""
-    return _address("together")
+def perform_at() -> int:
+    """The address of ``perform(most, patience, count, calls, made)``, for machine code that calls it."""
+    return _address("perform")
 
 
 @cache
 def _functions() -> tuple[Any, Any]:
-    """``serve`` and ``together``; ctypes lets go of the interpreter's lock while they run."""
+    """``serve`` and ``perform``; ctypes lets go of the interpreter's lock while they run."""
     pointer, word = ctypes.c_void_p, ctypes.c_int64
     serve = ctypes.CFUNCTYPE(None, pointer)(_address("serve"))
-    return serve, ctypes.CFUNCTYPE(None, word, word, pointer, pointer)(together())
+    return serve, ctypes.CFUNCTYPE(None, word, word, word, pointer, pointer)(perform_at())
 
 
 _places = list(range(MOST - 2, -1, -1))  # for helpers that there are not yet
+_helpers: list[int] = []  # the places of those that there are
 _ended = 0.0  # when the last job was done
 
 
 def _after_fork() -> None:
     """The parent's threads do not exist in a child."""
-    global _places
+    global _places, _helpers
     ctypes.memset(_HEADER, 0, (MOST - 1) * _SIZE + _LOCK)
-    _places = list(range(MOST - 2, -1, -1))
+    _places, _helpers = list(range(MOST - 2, -1, -1)), []
 
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
-def _count() -> int:
-    return MOST - 1 - len(_places)
-
-
-def _make() -> bool:
-    """One more helper; False if no thread can be started, as when the interpreter shuts down."""
-    serve, _ = _functions()
+def _live(serve: Any) -> None:
+    """A helper's thread. It settles by itself: a signal handler may raise anywhere in the main thread, but not here."""
     try:
         place = _places.pop()
     except IndexError:
-        return False
+        return
     at = _FIRST + place * _SIZE
-    words = (ctypes.c_int64 * 8).from_address(at)
-    words[:] = [_AWAKE, 0, 0, 0, 0, 0, -1, _ABSENT]
+    words = (ctypes.c_int64 * 7).from_address(at)
+    words[:] = [_AWAKE, 0, 0, 0, 0, threading.get_native_id(), _ABSENT]
     _process().pthread_mutex_init(ctypes.c_void_p(at + _LOCK), None)
     _process().pthread_cond_init(ctypes.c_void_p(at + _CONDITION), None)
-
-    def live() -> None:
-        words[_THREAD] = threading.get_native_id()
-        serve(at)
-
-    try:
-        threading.Thread(target=live, name="xpoptim", daemon=True).start()
-    except RuntimeError:
-        _places.append(place)
-        return False
     words[_OWNED] = _FREE
-    _look_at.value = max(_look_at.value, place + 1)
-    return True
+    _helpers.append(place)
+    while _look_at.value <= max(_helpers):  # others may be settling, too
+        _look_at.value = max(_helpers) + 1
+    serve(at)
+
+
+def _make() -> bool:
+    """One more helper; False if there is none soon, as where no thread can be started."""
+    serve, count = _functions()[0], len(_helpers)
+    if not _places:
+        return False
+    try:
+        _thread.start_new_thread(_live, (serve,))
+    except RuntimeError as error:
+        if type(error) is not RuntimeError or "start new thread" not in str(error):
+            raise  # a signal handler's
+        return False
+    end = time.monotonic() + 0.1
+    while len(_helpers) == count and time.monotonic() < end:
+        time.sleep(1e-5)
+    return len(_helpers) > count
 
 
 class Work:
@@ -395,7 +452,7 @@ def hired(work: Work) -> tuple[int, int]:
     threads = get_num_threads()
     soon = time.perf_counter() - _ended < work.soon
     most = min(work.most if soon else work.most_to_wake, threads - 1)
-    while _count() < most and _make():
+    while len(_helpers) < most and _make():
         pass
     # More threads than CPUs would wait for each other, awake.
     return most, work.patience if soon and threads <= available() else 0
@@ -412,7 +469,20 @@ def cursors() -> np.ndarray:
     return np.zeros(MOST * SHARE // 8, np.int64)
 
 
-def run(function: int, job: int, work: Work) -> None:
-    """Run a job, given by two addresses; return when it is done."""
-    _functions()[1](*hired(work), function, job)
-    done()
+class Calls:
+    """Jobs to be run one after the other, each with what makes its scalars before it; ``elements`` of the largest."""
+
+    def __init__(self, calls: list[list[int]], elements: int) -> None:
+        self.work, self.count = Work(elements), len(calls)
+        self._words = np.array(calls, np.int64).reshape(len(calls), _CALL)
+        self.at = self._words.ctypes.data
+
+    def run(self, made: Any) -> None:
+        """Run them; return when they are done. ``made``, a ``c_int64``, becomes 1 when they begin."""
+        _functions()[1](*hired(self.work), self.count, self.at, ctypes.addressof(made))
+        done()
+
+
+def run(function: int, job: int, elements: int) -> None:
+    """Run a single job, given by two addresses."""
+    Calls([[0, 0, 0, function, job]], elements).run(ctypes.c_int64())

@@ -147,9 +147,10 @@ def ready(
 
 
 def _direct(plan: Any, scanner: Any, leaves: list[Leaf], params: Any) -> Any:
-    """For a flat container whose step is one job."""
+    """For a flat container whose step is one pass."""
     from . import scan
 
     flat = type(params) in (dict, list) and all(leaf.home is params for leaf in leaves)
-    job = plan.only_job() if flat else None
-    return scan.Direct(scanner, type(params), *job) if job is not None else None
+    if not flat or plan.calls.keys() != {"update"}:
+        return None
+    return scan.Direct(scanner, type(params), plan.calls["update"], plan.elements)

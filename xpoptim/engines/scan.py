@@ -31,7 +31,7 @@ _BRIEF = 1 << 18  # elements that are done before another thread has much need o
 # 64-bit words; arrays: the objects found.
 # names: for each array its key, if its column's container is a dict.
 # kinds: the type of each column's container, dict or list.
-# calls: [prologue, inputs, scalars, run, job, together, whether to let other threads in].
+# what: [perform, number of calls, calls, whether to let other threads in]; see `crew`.
 # record of an array: [dtype, flags, ndim, shape and strides, cell of the table, bytes].
 # lengths of a leaf: [cell of its length, its length].
 _ASSEMBLY = """
@@ -47,33 +47,25 @@ declare void @Py_DecRef(ptr)
 declare ptr @PyMem_RawMalloc(i64)
 declare void @PyMem_RawFree(ptr)
 
-define i64 @step(ptr %containers, ptr %context, ptr %kinds, ptr %calls, i64 %most, i64 %patience, ptr %made) {
+define i64 @step(ptr %containers, ptr %context, ptr %kinds, ptr %what, i64 %most, i64 %patience, ptr %made) {
 entry:
   %different = call i64 @scan(ptr %containers, ptr %context, ptr %kinds)
   %isdifferent = icmp ne i64 %different, 0
   br i1 %isdifferent, label %differs, label %compute
 
 compute:
-  %prologue = load ptr, ptr %calls
-  %w1 = getelementptr i64, ptr %calls, i64 1
-  %inputs = load ptr, ptr %w1
-  %w2 = getelementptr i64, ptr %calls, i64 2
-  %scalars = load ptr, ptr %w2
-  %w3 = getelementptr i64, ptr %calls, i64 3
-  %run = load ptr, ptr %w3
-  %w4 = getelementptr i64, ptr %calls, i64 4
-  %job = load ptr, ptr %w4
-  %w5 = getelementptr i64, ptr %calls, i64 5
-  %together = load ptr, ptr %w5
-  %w6 = getelementptr i64, ptr %calls, i64 6
-  %long = load i64, ptr %w6
+  %perform = load ptr, ptr %what
+  %w1 = getelementptr i64, ptr %what, i64 1
+  %count = load i64, ptr %w1
+  %w2 = getelementptr i64, ptr %what, i64 2
+  %calls = load ptr, ptr %w2
+  %w3 = getelementptr i64, ptr %what, i64 3
+  %long = load i64, ptr %w3
   %brief = icmp eq i64 %long, 0
   br i1 %brief, label %locked, label %holds
 
 locked:
-  store i64 1, ptr %made
-  call void %prologue(ptr %inputs, ptr %scalars)
-  call void %together(i64 %most, i64 %patience, ptr %run, ptr %job)
+  call void %perform(i64 %most, i64 %patience, i64 %count, ptr %calls, ptr %made)
   br label %exit
 
 holds: ; references of our own, and only then are other threads let in
@@ -98,10 +90,8 @@ hold:
   %hmore = icmp slt i64 %hnext, %arrays
   br i1 %hmore, label %hold, label %unlocked
 unlocked:
-  store i64 1, ptr %made
   %thread = call ptr @PyEval_SaveThread()
-  call void %prologue(ptr %inputs, ptr %scalars)
-  call void %together(i64 %most, i64 %patience, ptr %run, ptr %job)
+  call void %perform(i64 %most, i64 %patience, i64 %count, ptr %calls, ptr %made)
   call void @PyEval_RestoreThread(ptr %thread)
   br label %drop
 drop:
@@ -488,16 +478,15 @@ class Direct:
     """A whole step as one call: `Scanner.unchanged` for the containers themselves, not for lists of what they hold, and
     then the kernel.
 
-    ``container`` is the type of parameters and gradients, dict or list; ``calls`` and ``elements`` are those of
-    `cpu.Plan.only_job`.
+    ``container`` is the type of parameters and gradients, dict or list.
     """
 
-    def __init__(self, scanner: Scanner, container: type, calls: list[int], elements: int) -> None:
-        self._scanner, self._work = scanner, crew.Work(elements)
+    def __init__(self, scanner: Scanner, container: type, calls: crew.Calls, elements: int) -> None:
+        self._scanner, self._calls = scanner, calls
         self._kinds = np.full(scanner.columns, id(dict), np.int64)
         self._kinds[:2] = id(container)
-        self._calls = np.array([*calls, crew.together(), elements > _BRIEF], np.int64)
-        self._addresses = scanner.at, self._kinds.ctypes.data, self._calls.ctypes.data
+        self._what = np.array([crew.perform_at(), calls.count, calls.at, elements > _BRIEF], np.int64)
+        self._addresses = scanner.at, self._kinds.ctypes.data, self._what.ctypes.data
         self._step = _functions()[1]
 
     def run(self, containers: tuple[Any, ...], made: Any) -> bool:
@@ -505,6 +494,6 @@ class Direct:
 
         ``made`` is a ``c_int64`` that becomes 1 with the step, for a caller that is interrupted before it is told.
         """
-        different = self._step(containers, *self._addresses, *crew.hired(self._work), ctypes.addressof(made))
+        different = self._step(containers, *self._addresses, *crew.hired(self._calls.work), ctypes.addressof(made))
         crew.done()
         return different == 0

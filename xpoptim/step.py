@@ -129,18 +129,26 @@ class Step:
 
     def run(self, made: Any) -> None:
         """Write parameters and slots; immutable leaves get new arrays instead. ``made``, a ``c_int64``, becomes 1."""
-        if self.cpu_plan is not None:
-            self.cpu_plan.run(self.values, made)
+        try:
+            if self.cpu_plan is not None:
+                self.cpu_plan.run(self.values, made)
+        finally:  # also if a signal handler raised right after the kernels
+            if made.value:
+                self._unstage("numpy")
         made.value = 1
         if self.counter is not None:
             self.gpu_plan.run_on_device(self.values, self.counter, from_state=False)
             self.counter.expected += 1
         elif self.gpu_plan is not None:
             self.gpu_plan.run(self.values)
-        for leaf, copy in self.staged:
-            _engine(leaf).unstage(leaf, copy)
+        self._unstage("cupy")
         for i, leaf in enumerate(self.others):
             reference.write(leaf, self._computed(leaf) if self._results is None else self._results[i])
+
+    def _unstage(self, space: str) -> None:
+        for leaf, copy in self.staged:
+            if leaf.space == space:
+                _engine(leaf).unstage(leaf, copy)
 
     def ready(self, params: Any, slots: dict[str, dict[str, Any]]) -> Ready | None:
         """What the next step can start from, if one engine served every leaf; else None."""

@@ -62,10 +62,10 @@ class Kernel:
 
     def _compiled(self, in_place: bool) -> int:
         if in_place not in self._on_cpu:
-            from .jit import Module
-
             with compiling:  # so that two threads do not compile the same, nor a fork comes between
                 if in_place not in self._on_cpu:
+                    from .jit import Module
+
                     module = Module(
                         llvm_blocks.assembly(self.program, in_place=in_place), subnormals=("prologue", "run")
                     )

@@ -32,6 +32,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import xpoptim as xo
+from xpoptim.fusion.llvm import _LARGE
 
 SHAPES: tuple[tuple[int, ...], ...] = (
     (),
@@ -682,3 +683,23 @@ def test_a_gradient_of_another_layout_is_read_anew_in_every_step() -> None:
     shared = params["a"].base if params["a"].base is not None else params["a"]
     opt.update(params, {"a": shared.reshape(3, 4).T, "b": np.ones(2)})  # overlaps what is written: acts as if copied
     assert (params["a"] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("extra", [-1, 0, 1, 127, 129, 4465])
+def test_tensors_that_ask_for_memory_ahead(dtype: str, extra: int) -> None:
+    """From so many elements on a kernel goes through blocks; a last one that is not full is done, and no more."""
+    size = (_LARGE + extra) // (2 if DTYPES[dtype].kind == "c" else 1)
+    rng = np.random.default_rng(extra)
+    start = random_values(rng, (size + 2,), DTYPES[dtype], special=0.01)
+    g = random_values(rng, (size,), DTYPES[dtype], special=0.01)
+
+    def run() -> tuple[Any, Any]:
+        opt, home = make_optimizer("Adam"), start.copy()
+        for _ in range(2):
+            opt.update({"a": home[1:-1]}, {"a": g})
+        return home, opt.state
+
+    found = run()
+    with xo.engine("reference"):
+        assert_same_tree(found, run())

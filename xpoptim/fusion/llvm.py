@@ -22,6 +22,10 @@ _SUFFIX = {"float32": "f32", "float64": "f64"}
 _STORED = {"float16": "half", "bfloat16": "i16", "float32": "float", "float64": "double"}
 _BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
+# For a tensor of so many elements, which is hardly in a fast cache: its memory is asked for ahead of need, a block at a
+# time (1,024 float32 are a page, at whose end the CPU's own look-ahead stops).
+_LARGE, _BLOCK, _AHEAD = 1 << 16, 128, 1024
+
 _INTEGER_POWER = """\
 define internal double @integer_power(double %x, double %exponent) {
 entry:
@@ -198,7 +202,7 @@ def with_subnormals(text: str, names: tuple[str, ...]) -> str:
 def assembly(program: Program) -> str:
     """The whole module: ``prologue(inputs, scalars)`` and ``run(job, worker)``."""
     parts = [f"; {program.name!r}, {program.compute}", _INTEGER_POWER, TASKS, _prologue(program)]
-    parts.append(_chunk(program) if program.reduces is not None else _elements(program))
+    parts.append(_chunk(program) if program.reduces is not None else _elements(program) + _far(program))
     parts.append(_driver(program))
     parts.extend(
         f"declare {_REAL[kind]} @llvm.{function}.{_SUFFIX[kind]}({_REAL[kind]})"
@@ -351,6 +355,32 @@ def _elements(program: Program) -> str:
     return "\n".join(lines)
 
 
+def _far(program: Program) -> str:
+    """`_elements` in blocks, each after a request for memory further on: for arrays that no cache holds.
+
+    While a block waits for its divisions and roots, the memory is kept busy. The arithmetic is the same code.
+    """
+    buffers = [_STORED[_real_type(buffer)] for buffer in program.buffers]
+    args = ", ".join(["i64 %n", *(f"ptr %b{i}" for i in range(len(buffers))), "ptr %scalars"])
+    lines = [f"define internal void @far({args}) noinline {{", "entry:", "  br label %block", "block:"]
+    lines += ["  %i = phi i64 [ 0, %entry ], [ %next, %block ]", f"  %ahead = add i64 %i, {_AHEAD}"]
+    for place, buffer in enumerate(program.buffers):
+        step = 64 // _BYTES[_real_type(buffer)]
+        for line in range(0, _BLOCK, step):
+            lines += [
+                f"  %l{place}.{line} = add i64 %ahead, {line}",
+                f"  %a{place}.{line} = getelementptr {buffers[place]}, ptr %b{place}, i64 %l{place}.{line}",
+                f"  call void @llvm.prefetch.p0(ptr %a{place}.{line}, i32 0, i32 3, i32 1)",
+            ]
+    lines += ["  %left = sub i64 %n, %i", f"  %count = call i64 @llvm.smin.i64(i64 %left, i64 {_BLOCK})"]
+    for place, stored in enumerate(buffers):
+        lines.append(f"  %p{place} = getelementptr {stored}, ptr %b{place}, i64 %i")
+    call = ", ".join(["i64 %count", *(f"ptr %p{i}" for i in range(len(buffers))), "ptr %scalars"])
+    lines += [f"  call void @elements({call})", f"  %next = add i64 %i, {_BLOCK}", "  %more = icmp slt i64 %next, %n"]
+    lines += ["  br i1 %more, label %block, label %exit", "exit:", "  ret void", "}"]
+    return "\n".join([*lines, "declare void @llvm.prefetch.p0(ptr, i32, i32, i32)", ""])
+
+
 def _chunk(program: Program) -> str:
     """The sums of squares of one tensor's chunks, by the tree of `norm`; one float64 a chunk goes to ``%sums``."""
     assert program.reduces is not None
@@ -427,6 +457,19 @@ def _chunk(program: Program) -> str:
     return "\n".join(lines)
 
 
+def _served(arguments: list[str]) -> list[str]:
+    call = ", ".join(arguments)
+    return [
+        f"  %large = icmp sge i64 %n, {_LARGE}",
+        "  br i1 %large, label %away, label %near",
+        "away:",
+        f"  call void @far({call})",
+        "  br label %rownext",
+        "near:",
+        f"  call void @elements({call})",
+    ]
+
+
 def _driver(program: Program) -> str:
     columns = HEADER + len(program.buffers)
     block_bytes = len(program.scalars) * _BYTES[program.compute]
@@ -447,5 +490,5 @@ def _driver(program: Program) -> str:
             "  %sum = getelementptr double, ptr %sums, i64 %chunkno",
         ]
         arguments.append("ptr %sum")
-    call.append(f"  call void @elements({', '.join(arguments)})")
+    call += _served(arguments) if program.reduces is None else [f"  call void @elements({', '.join(arguments)})"]
     return _DRIVER.format(width=8 * columns, block_bytes=block_bytes, pointers="\n".join(lines), call="\n".join(call))

@@ -181,7 +181,7 @@ def notes(results: list[Result], backend: Backend) -> str:
     return (
         f"update: {what}.\nplain: textbook {peer} code, given the same gradients in the same run, in alternating "
         "order.\nThe first step, which compiles, is left out of both. Backpropagation has emptied the cache before "
-        f"each step, so\nthat much of both times is the memory's. The parameters that the two reach {close}."
+        f"each\nstep, so that much of both times is the memory's. The parameters that the two reach {close}."
     )
 
 

@@ -23,7 +23,6 @@ import argparse
 import gc
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -35,6 +34,8 @@ from statistics import median
 from typing import Any
 
 import peers
+
+from xpoptim.demo.info import cpu_name
 
 PAUSE = 0.05  # seconds; the OpenMP of torch spins for some milliseconds
 # For each size: rounds, steps of a block that are not counted, steps that are.
@@ -158,7 +159,7 @@ def circumstances(threads: int) -> dict[str, Any]:
     """Date, machine, versions and threads."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "threads": threads,
         "load_at_start": os.getloadavg()[0],
         "versions": peers.versions(),
@@ -166,14 +167,6 @@ def circumstances(threads: int) -> dict[str, Any]:
             name: value for name, value in os.environ.items() if name.startswith(("OMP_", "GOMP_", "KMP_"))
         },
     }
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def show(report: dict[str, Any]) -> None:

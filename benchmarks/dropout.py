@@ -38,8 +38,10 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+import peers
 
 import xpoptim as xo
+from xpoptim.demo.info import cpu_name
 
 SIZE = 4_000_000  # float32 elements
 RATIO = 0.5
@@ -134,15 +136,6 @@ def missing(name: str) -> str:
     return f"{' and '.join(lacking)} not installed" if lacking else ""
 
 
-def set_threads(count: int) -> None:
-    """Bound the threads of xpoptim, and of torch where it is installed."""
-    xo.set_num_threads(count)
-    if find_spec("torch") is not None:
-        import torch
-
-        torch.set_num_threads(count)
-
-
 def check(name: str, x: np.ndarray, dout: np.ndarray) -> None:
     """Raise AssertionError unless the contender is a dropout of this ratio with one mask for forward and backward."""
     one = CONTENDERS[name](x, dout)
@@ -219,19 +212,11 @@ def circumstances() -> dict[str, Any]:
         versions[name] = metadata.version(name) if find_spec(name) else "not installed"
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "load_at_start": os.getloadavg()[0],
         "elements": SIZE,
         "versions": versions,
     }
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def show(report: dict[str, Any]) -> None:
@@ -272,7 +257,7 @@ def main() -> None:
         check(name, x, dout)
     report["kept_bytes_per_element"] = {name: kept_bytes(name, x, dout) for name in names if not CONTENDERS[name].needs}
     for count in asked.threads:
-        set_threads(count)
+        peers.set_threads(count)
         for what in STEPS:
             found = compare(names, what, x, dout, asked.rounds, asked.steps)
             report["steps"][f"{count}, {what}"] = found

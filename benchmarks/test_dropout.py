@@ -10,6 +10,7 @@ import time
 from typing import Any
 
 import dropout
+import peers
 import pytest
 
 pytest.importorskip("pytest_benchmark", reason="pytest-benchmark not installed: pip install 'xpoptim[bench]'")
@@ -24,7 +25,7 @@ def test_dropout(benchmark: Any, name: str, what: str, threads: int) -> None:
     if reason := dropout.missing(name):
         pytest.skip(reason)
     before = dropout.xo.get_num_threads()
-    dropout.set_threads(threads)
+    peers.set_threads(threads)
     try:
         x, dout = dropout.arrays()
         dropout.check(name, x, dout)
@@ -33,4 +34,4 @@ def test_dropout(benchmark: Any, name: str, what: str, threads: int) -> None:
         time.sleep(dropout.PAUSE)  # threads that still spin after the test before go to sleep
         benchmark.pedantic(dropout.STEPS[what], args=(contender,), rounds=20, warmup_rounds=3)
     finally:
-        dropout.set_threads(before)
+        peers.set_threads(before)

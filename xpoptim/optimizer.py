@@ -440,13 +440,7 @@ class Optimizer:
             _ = self.state  # the host counts again
             step = self._step(recipe, leaves, state, writing)
         state["slots"] = slots
-        made = ctypes.c_int64()
-        state["step"] += 1  # first, and taken back if nothing was written: see `_directly`
-        try:
-            step.run(made)
-        finally:
-            if not made.value:
-                state["step"] -= 1
+        _counted(state, step.run)
         for k, name in enumerate(recipe.slots):
             for leaf in step.others:
                 slots[name][leaf.key] = leaf.slots[k]
@@ -484,32 +478,18 @@ class Optimizer:
         if recipe.reductions:
             sums = ready.plan.squares(values, ready.odd(columns))
             values.append(finite_norm(ready.gradient_names, dict(zip(ready.keys, sums.tolist(), strict=True))))
-        made = ctypes.c_int64()
-        state["step"] += 1  # first, and taken back if the kernels did not begin: see `_directly`
-        try:
-            ready.plan.run(values, made)
-        finally:
-            if made.value:
-                ready.rebind(params, columns)
-            else:
-                state["step"] -= 1
+        _counted(state, ready.run, values, params, columns)
         return True
 
     def _directly(self, ready: Ready, constants: tuple[float, ...], params: Any, grads: Any) -> bool:
         """A step in a single call; False if it was not made, because anything may have changed."""
-        state, made = self._state, ctypes.c_int64()
+        state = self._state
         slots = state["slots"]
         if type(slots) is not dict:
             return False
         ready.plan.set_inputs((checked_step(state) + 1, *constants))
         containers = (params, grads, *[slots.get(name) for name in ready.recipe.slots])
-        # Counted first: Ctrl-C during the kernel takes effect after it, and must find the step counted.
-        state["step"] += 1
-        try:
-            return ready.direct.run(containers, made)
-        finally:
-            if not made.value:
-                state["step"] -= 1
+        return _counted(state, ready.direct.run, containers)
 
     def _again_on_gpu(self, ready: Ready, values: list[float]) -> bool:
         """The same for CuPy arrays. While a graph is captured, nothing is done yet, and so nothing is counted."""
@@ -671,6 +651,20 @@ class Optimizer:
             )
         passes = self._recipe.programs(dtype, grad_dtype or dtype).values()
         return Source("\n\n".join(writers[kind](program) for program in passes))
+
+
+def _counted(state: State, run: Callable[..., Any], *arguments: Any) -> Any:
+    """``run(*arguments, made)``, and the step is counted if it was made: if ``made`` has become 1.
+
+    It is counted first: Ctrl-C during the kernels takes effect after them, and must find the step counted.
+    """
+    made = ctypes.c_int64()
+    state["step"] += 1
+    try:
+        return run(*arguments, made)
+    finally:
+        if not made.value:
+            state["step"] -= 1
 
 
 def _refuse_capture(leaves: list[Leaf]) -> None:

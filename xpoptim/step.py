@@ -148,7 +148,7 @@ class Step:
     def _unstage(self, space: str) -> None:
         for leaf, copy in self.staged:
             if leaf.space == space:
-                _engine(leaf).unstage(leaf, copy)
+                _bring_home(leaf, copy)
 
     def ready(self, params: Any, slots: dict[str, dict[str, Any]]) -> Ready | None:
         """What the next step can start from, if one engine served every leaf; else None."""
@@ -160,6 +160,15 @@ class Step:
         if len(self.gpu) == len(self.leaves) and (self.counter is not None or not self.recipe.reductions):
             return ready(self.recipe, self.gpu_plan, self.gpu, params, [leaf.g for leaf in self.leaves], slots)
         return None
+
+
+def _bring_home(leaf: Leaf, copy: Leaf) -> None:
+    """What was computed in dense copies, into the arrays that they stand for."""
+    from .engines import blocks
+
+    for old, new in zip((leaf.p, *leaf.slots), (copy.p, *copy.slots), strict=True):
+        if new is not old:
+            blocks.copy(old, new)
 
 
 def _gradient_alone(leaf: Leaf, copy: Leaf) -> bool:

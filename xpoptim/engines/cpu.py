@@ -100,7 +100,7 @@ def stageable(leaf: Leaf) -> bool:
 
 
 def staged(leaf: Leaf) -> Leaf:
-    """The leaf through dense copies, of its gradient alone where that is enough. `unstage` brings the results home."""
+    """The leaf through dense copies, of its gradient alone where that is enough. `step` brings the results home."""
     copy = replace(leaf, p=_native(leaf.p), slots=[_native(slot) for slot in leaf.slots])
     if not dense_alike([copy.p, *copy.slots]):
         copy.p, copy.slots = _in_c_order(copy.p), [_in_c_order(slot) for slot in copy.slots]
@@ -111,12 +111,6 @@ def staged(leaf: Leaf) -> Leaf:
     copy.g = np.empty_like(copy.p, dtype=dtype)
     copy.g[...] = leaf.g
     return copy
-
-
-def unstage(leaf: Leaf, copy: Leaf) -> None:
-    for old, new in zip((leaf.p, *leaf.slots), (copy.p, *copy.slots), strict=True):
-        if new is not old:
-            old[...] = new
 
 
 def _native(a: np.ndarray) -> np.ndarray:
@@ -147,7 +141,6 @@ class Plan:
 
     def __init__(self, recipe: Recipe, leaves: list[Leaf]) -> None:
         threads.get_num_threads()  # a bad XPOPTIM_NUM_THREADS is an error now, before anything is written
-        self._count = len(leaves)
         columns = 2 + len(recipe.slots)
         self._table = np.zeros((len(leaves), HEADER + columns), np.int64)
         self._row_bytes = self._table.strides[0]

@@ -19,7 +19,6 @@ from __future__ import annotations
 import _thread
 import ctypes
 import os
-import re
 import sys
 import threading
 import time
@@ -28,6 +27,7 @@ from typing import Any
 
 import numpy as np
 
+from ..fusion.llvm import words
 from .threads import available, compiling, get_num_threads
 
 MOST = 64  # workers: the bandwidth of the memory is spent long before
@@ -322,21 +322,13 @@ next:
 one:
   %offset = mul i64 %i, {_CALL * 8}
   %call = getelementptr i8, ptr %calls, i64 %offset
-  %prologue = load ptr, ptr %call
+{words("call", "ptr prologue", "ptr inputs", "ptr scalars", "ptr function", "ptr job")}
   %without = icmp eq ptr %prologue, null
   br i1 %without, label %run, label %scalar
 scalar:
-  %inputsp = getelementptr i64, ptr %call, i64 1
-  %inputs = load ptr, ptr %inputsp
-  %scalarsp = getelementptr i64, ptr %call, i64 2
-  %scalars = load ptr, ptr %scalarsp
   call void %prologue(ptr %inputs, ptr %scalars)
   br label %run
 run:
-  %functionp = getelementptr i64, ptr %call, i64 3
-  %function = load ptr, ptr %functionp
-  %jobp = getelementptr i64, ptr %call, i64 4
-  %job = load ptr, ptr %jobp
   call void @together(i64 %most, i64 %patience, ptr %function, ptr %job)
   %inext = add i64 %i, 1
   br label %next
@@ -353,13 +345,9 @@ def _process() -> ctypes.PyDLL:
 
 @cache
 def _compiled() -> Any:
-    import llvmlite.binding as llvm
-
     from .jit import Module
 
-    for name in re.findall(r"^declare .* @(\w+)", _ASSEMBLY, re.MULTILINE):
-        llvm.add_symbol(name, ctypes.cast(getattr(_process(), name), ctypes.c_void_p).value)
-    module = Module(_ASSEMBLY, vectorize=False)
+    module = Module(_ASSEMBLY, vectorize=False, library=_process())
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(module))  # helpers never leave it
     return module
 
@@ -406,11 +394,11 @@ def _live(serve: Any) -> None:
     except IndexError:
         return
     at = _FIRST + place * _SIZE
-    words = (ctypes.c_int64 * 7).from_address(at)
-    words[:] = [_AWAKE, 0, 0, 0, 0, threading.get_native_id(), _ABSENT]
+    memory = (ctypes.c_int64 * 7).from_address(at)
+    memory[:] = [_AWAKE, 0, 0, 0, 0, threading.get_native_id(), _ABSENT]
     _process().pthread_mutex_init(ctypes.c_void_p(at + _LOCK), None)
     _process().pthread_cond_init(ctypes.c_void_p(at + _CONDITION), None)
-    words[_OWNED] = _FREE
+    memory[_OWNED] = _FREE
     _helpers.append(place)
     while _look_at.value <= max(_helpers):  # others may be settling, too
         _look_at.value = max(_helpers) + 1

@@ -179,7 +179,7 @@ def stageable(leaf: Leaf) -> bool:
 
 
 def staged(leaf: Leaf) -> Leaf:
-    """The leaf through dense copies, for what a kernel cannot walk. `unstage` brings the results home."""
+    """The leaf through dense copies, for what a kernel cannot walk. `step` brings the results home."""
     dtype = leaf.g_dtype
     if leaf.dtype in PART and dtype not in PART:
         dtype = "complex128" if dtype == "float64" else "complex64"  # exact: kernels round, CuPy flushes subnormals
@@ -187,12 +187,6 @@ def staged(leaf: Leaf) -> Leaf:
     copy = Leaf(leaf.key, leaf.given, leaf.home, leaf.index, space=leaf.space, dtype=leaf.dtype, g_dtype=dtype)
     copy.p, copy.g, copy.slots = driver.dense(leaf.p), g, [driver.dense(slot) for slot in leaf.slots]
     return copy
-
-
-def unstage(leaf: Leaf, copy: Leaf) -> None:
-    for old, new in zip((leaf.p, *leaf.slots), (copy.p, *copy.slots), strict=True):
-        if new is not old:
-            driver.copy(old, new)
 
 
 class Plan:

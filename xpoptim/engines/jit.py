@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import re
 from functools import cache
 from typing import Any
 
@@ -24,15 +26,25 @@ def _machine() -> Any:
     )
 
 
+def _link(assembly: str, library: Any) -> None:
+    for name in re.findall(r"^declare .* @(\w+)", assembly, re.MULTILINE):
+        llvm.add_symbol(name, ctypes.cast(getattr(library, name), ctypes.c_void_p).value)
+
+
 class Module:
     """Compiled assembly; it stays loaded for as long as this object lives.
 
-    The functions named in ``subnormals`` compute with them, whatever the mode of the thread.
+    The functions named in ``subnormals`` compute with them, whatever the mode of the thread. ``library`` has those that
+    the assembly declares. ``vectorize=False`` compiles quickly what is in its final form.
     """
 
-    def __init__(self, assembly: str, *, subnormals: tuple[str, ...] = (), vectorize: bool = True) -> None:
+    def __init__(
+        self, assembly: str, *, subnormals: tuple[str, ...] = (), vectorize: bool = True, library: Any = None
+    ) -> None:
         with compiling:
             machine = _machine()
+            if library is not None:
+                _link(assembly, library)
             text = with_subnormals(assembly, subnormals) if flushes_subnormals() else assembly
             module = llvm.parse_assembly(text)
             module.triple = _target().triple

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from ..leaves import Leaf, Skeleton, gather, skeleton
+from ..leaves import Leaf, Skeleton, as_given, gather, replaced, skeleton
 from ..recipe import Recipe
 
 
@@ -15,14 +16,14 @@ class _Box:
     """The arrays that stand for a number among the parameters and for its gradient."""
 
     def __init__(self, leaf: Leaf) -> None:
-        self.index, self.kind = leaf.index, type(leaf.given)
-        self.p, self._g = leaf.p, np.zeros_like(leaf.g)
+        self._leaf = replace(leaf, g=None, slots=[])  # without them: nothing keeps a gradient alive
+        self.index, self.p, self._g = leaf.index, leaf.p, np.zeros_like(leaf.g)
         numbers = (float, int) if self._g.dtype == np.float64 else ()
         self._kinds = (*numbers, self._g.dtype.type)
 
     def gradient(self, p: Any, g: Any) -> Any:
         """Take both values in; return the gradient as an array or None. ``TypeError``: they are of another kind now."""
-        if type(p) is not self.kind:
+        if type(p) is not type(self._leaf.given):
             raise TypeError
         self.p[()] = p
         if g is None or type(g) is np.ndarray:
@@ -34,7 +35,7 @@ class _Box:
 
     @property
     def value(self) -> Any:
-        return self.p[()] if issubclass(self.kind, np.generic) else float(self.p)
+        return as_given(self._leaf)
 
 
 class Ready:
@@ -91,11 +92,14 @@ class Ready:
             return False
         return True
 
-    def rebind(self, params: Any, columns: list[list[Any]]) -> None:
-        """Put the new numbers in the place of the old ones."""
-        for i, box in self._boxes.items():
-            if columns[1][i] is not None:
-                params[box.index] = box.value
+    def run(self, values: list[float], params: Any, columns: list[list[Any]], made: Any) -> None:
+        """Run the plan and put the new numbers in the place of the old ones; for ``made`` see `cpu.Plan.run`."""
+        try:
+            self.plan.run(values, made)
+        finally:  # also if a signal handler raised right after the kernels
+            for i, box in self._boxes.items() if made.value else ():
+                if columns[1][i] is not None:
+                    params[box.index] = box.value
 
     def unchanged(self, columns: list[list[Any]]) -> bool:
         """Whether the arrays are what they were; the plan is then up to date with where the gradients lie."""
@@ -119,7 +123,7 @@ def ready(
 
     ``grads`` are the gradients as they were given: some ``leaves`` may have copies of other layout.
     """
-    numbers = {i for i, x in enumerate(leaves) if isinstance(x.given, float | np.generic)}
+    numbers = {i for i, x in enumerate(leaves) if replaced(x)}
     if any(x.p is not x.given for i, x in enumerate(leaves) if i not in numbers):
         return None
     columns = [[x.p for x in leaves], grads]

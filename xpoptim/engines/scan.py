@@ -12,13 +12,13 @@ call (`Direct`). Any difference sends the step back to the full checks in Python
 from __future__ import annotations
 
 import ctypes
-import re
 import sys
 from functools import cache
 from typing import Any
 
 import numpy as np
 
+from ..fusion.llvm import words
 from . import crew
 from .threads import compiling
 
@@ -34,7 +34,14 @@ _BRIEF = 1 << 18  # elements that are done before another thread has much need o
 # what: [perform, number of calls, calls, whether to let other threads in]; see `crew`.
 # record of an array: [dtype, flags, ndim, shape and strides, cell of the table, bytes].
 # lengths of a leaf: [cell of its length, its length].
-_ASSEMBLY = """
+_CONTEXT = words(
+    "context",
+    *("i64 columns", "i64 leaves", "ptr records", "ptr lengths", "i64 intervals", "ptr starts", "ptr ends"),
+    *("ptr none", "ptr ndarray", "ptr dict", "ptr names", "ptr arrays"),
+)
+_WHAT = words("what", "ptr perform", "i64 count", "ptr calls", "i64 long")
+
+_ASSEMBLY = f"""
 declare ptr @PyTuple_GetItem(ptr, i64)
 declare ptr @PyList_GetItem(ptr, i64)
 declare i64 @PyList_Size(ptr)
@@ -47,20 +54,14 @@ declare void @Py_DecRef(ptr)
 declare ptr @PyMem_RawMalloc(i64)
 declare void @PyMem_RawFree(ptr)
 
-define i64 @step(ptr %containers, ptr %context, ptr %kinds, ptr %what, i64 %most, i64 %patience, ptr %made) {
+define i64 @step(ptr %containers, ptr %context, ptr %kinds, ptr %what, i64 %most, i64 %patience, ptr %made) {{
 entry:
   %different = call i64 @scan(ptr %containers, ptr %context, ptr %kinds)
   %isdifferent = icmp ne i64 %different, 0
   br i1 %isdifferent, label %differs, label %compute
 
 compute:
-  %perform = load ptr, ptr %what
-  %w1 = getelementptr i64, ptr %what, i64 1
-  %count = load i64, ptr %w1
-  %w2 = getelementptr i64, ptr %what, i64 2
-  %calls = load ptr, ptr %w2
-  %w3 = getelementptr i64, ptr %what, i64 3
-  %long = load i64, ptr %w3
+{_WHAT}
   %brief = icmp eq i64 %long, 0
   br i1 %brief, label %locked, label %holds
 
@@ -69,25 +70,21 @@ locked:
   br label %exit
 
 holds: ; references of our own, and only then are other threads let in
-  %columns = load i64, ptr %context
-  %k1 = getelementptr i64, ptr %context, i64 1
-  %leaves = load i64, ptr %k1
-  %arrays = mul i64 %columns, %leaves
-  %k11 = getelementptr i64, ptr %context, i64 11
-  %found = load ptr, ptr %k11
-  %bytes = mul i64 %arrays, 8
+{_CONTEXT}
+  %all = mul i64 %columns, %leaves
+  %bytes = mul i64 %all, 8
   %mine = call ptr @PyMem_RawMalloc(i64 %bytes) ; not where the next scan writes
   %full = icmp eq ptr %mine, null
   br i1 %full, label %differs, label %hold
 hold:
   %h = phi i64 [ 0, %holds ], [ %hnext, %hold ]
-  %heldp = getelementptr ptr, ptr %found, i64 %h
+  %heldp = getelementptr ptr, ptr %arrays, i64 %h
   %held = load ptr, ptr %heldp
   %minep = getelementptr ptr, ptr %mine, i64 %h
   store ptr %held, ptr %minep
   call void @Py_IncRef(ptr %held)
   %hnext = add i64 %h, 1
-  %hmore = icmp slt i64 %hnext, %arrays
+  %hmore = icmp slt i64 %hnext, %all
   br i1 %hmore, label %hold, label %unlocked
 unlocked:
   %thread = call ptr @PyEval_SaveThread()
@@ -100,7 +97,7 @@ drop:
   %dropped = load ptr, ptr %droppedp
   call void @Py_DecRef(ptr %dropped)
   %dnext = add i64 %d, 1
-  %dmore = icmp slt i64 %dnext, %arrays
+  %dmore = icmp slt i64 %dnext, %all
   br i1 %dmore, label %drop, label %free
 free:
   call void @PyMem_RawFree(ptr %mine)
@@ -111,33 +108,11 @@ exit:
 
 differs:
   ret i64 1
-}
+}}
 
-define i64 @scan(ptr %containers, ptr %context, ptr %kinds) {
+define i64 @scan(ptr %containers, ptr %context, ptr %kinds) {{
 entry:
-  %columns = load i64, ptr %context
-  %c1 = getelementptr i64, ptr %context, i64 1
-  %leaves = load i64, ptr %c1
-  %c2 = getelementptr i64, ptr %context, i64 2
-  %records = load ptr, ptr %c2
-  %c3 = getelementptr i64, ptr %context, i64 3
-  %lengths = load ptr, ptr %c3
-  %c4 = getelementptr i64, ptr %context, i64 4
-  %intervals = load i64, ptr %c4
-  %c5 = getelementptr i64, ptr %context, i64 5
-  %starts = load ptr, ptr %c5
-  %c6 = getelementptr i64, ptr %context, i64 6
-  %ends = load ptr, ptr %c6
-  %c7 = getelementptr i64, ptr %context, i64 7
-  %none = load ptr, ptr %c7
-  %c8 = getelementptr i64, ptr %context, i64 8
-  %ndarray = load ptr, ptr %c8
-  %c9 = getelementptr i64, ptr %context, i64 9
-  %dict = load ptr, ptr %c9
-  %c10 = getelementptr i64, ptr %context, i64 10
-  %names = load ptr, ptr %c10
-  %c11 = getelementptr i64, ptr %context, i64 11
-  %arrays = load ptr, ptr %c11
+{_CONTEXT}
   %position = alloca i64
   %key = alloca ptr
   %value = alloca ptr
@@ -347,7 +322,7 @@ same:
 
 differs:
   ret i64 1
-}
+}}
 """
 
 
@@ -388,28 +363,22 @@ def available() -> bool:
     return _layout_as_expected()
 
 
-def _functions() -> tuple[Any, Any, Any]:
-    """The compiled functions and the module they live in."""
-    with compiling:
-        return _compiled()
+@cache
+def _compiled() -> Any:
+    from .jit import Module
+
+    return Module(_ASSEMBLY, vectorize=False, library=ctypes.pythonapi)
 
 
 @cache
-def _compiled() -> tuple[Any, Any, Any]:
-    import llvmlite.binding as llvm
-
-    from .jit import Module
-
-    for name in re.findall(r"^declare .* @(\w+)", _ASSEMBLY, re.MULTILINE):
-        address = ctypes.cast(getattr(ctypes.pythonapi, name), ctypes.c_void_p).value
-        llvm.add_symbol(name, address)
-    module = Module(_ASSEMBLY, vectorize=False)  # it is in its final form, so compile it quickly
-    # PYFUNCTYPE: the interpreter's lock is held, as for any extension module that looks at objects.
-    pointer = ctypes.c_void_p
-    scan = ctypes.PYFUNCTYPE(ctypes.c_int64, ctypes.py_object, pointer, pointer)
-    word = ctypes.c_int64
+def _functions() -> tuple[Any, Any]:
+    """``scan`` and ``step``. PYFUNCTYPE: the interpreter's lock is held, as for any extension module."""
+    with compiling:
+        module = _compiled()
+    pointer, word = ctypes.c_void_p, ctypes.c_int64
+    scan = ctypes.PYFUNCTYPE(word, ctypes.py_object, pointer, pointer)
     step = ctypes.PYFUNCTYPE(word, ctypes.py_object, pointer, pointer, pointer, word, word, pointer)
-    return scan(module.address("scan")), step(module.address("step")), module
+    return scan(module.address("scan")), step(module.address("step"))
 
 
 _NOWHERE = ctypes.c_int64()
@@ -461,7 +430,7 @@ class Scanner:
         self._kept = (records, pairs, starts, ends, keys, names)  # the context holds their addresses
         self.at, self._lists_at = self._context.ctypes.data, self._lists.ctypes.data
         self.columns = len(columns)
-        self._scan, self._module = _functions()[::2]
+        self._scan, _ = _functions()
 
     def _record(self, array: Any, axes: np.ndarray, cell: int, is_written: bool) -> list[int]:
         axes[: 2 * array.ndim] = [*array.shape, *array.strides]
@@ -487,7 +456,7 @@ class Direct:
         self._kinds[:2] = id(container)
         self._what = np.array([crew.perform_at(), calls.count, calls.at, elements > _BRIEF], np.int64)
         self._addresses = scanner.at, self._kinds.ctypes.data, self._what.ctypes.data
-        self._step = _functions()[1]
+        _, self._step = _functions()
 
     def run(self, containers: tuple[Any, ...], made: Any) -> bool:
         """Whether the step was made. It is not if anything may have changed, as when a key is another object.

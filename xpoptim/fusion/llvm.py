@@ -56,6 +56,16 @@ exit:
 }
 """
 
+
+def words(base: str, *names: str, first: int = 0) -> str:
+    """Loads of the 64-bit words of ``%base`` from word ``first`` on; a name comes with its type: ``"i64 n"``."""
+    lines = []
+    for place, (kind, name) in enumerate((name.split() for name in names), first):
+        lines.append(f"  %{base}.{place} = getelementptr i64, ptr %{base}, i64 {place}")
+        lines.append(f"  %{name} = load {kind}, ptr %{base}.{place}")
+    return "\n".join(lines)
+
+
 # A job's tasks are shared out evenly; each worker goes through its own share, in order, and then helps with the others.
 # So the same data meets the same CPU in every step, with a cache that may still hold it. The first words of a job
 # are the address of the shares' cursors, 64 bytes apart (each in a cache line of its own), and the number of workers.
@@ -96,24 +106,13 @@ none:
 """
 
 # Takes tasks of `grain` elements until none is left, and hands each row's share on.
-# The job's words: cursors, workers, table, rows, scalars, grain, total, sums.
+# The job's words: cursors, workers, and those that `_driver` names.
 _DRIVER = """\
 define void @run(ptr %job, i64 %worker) {{
 entry:
   %visited = alloca i64
   store i64 0, ptr %visited
-  %j2 = getelementptr i64, ptr %job, i64 2
-  %table = load ptr, ptr %j2
-  %j3 = getelementptr i64, ptr %job, i64 3
-  %rows = load i64, ptr %j3
-  %j4 = getelementptr i64, ptr %job, i64 4
-  %scalars = load ptr, ptr %j4
-  %j5 = getelementptr i64, ptr %job, i64 5
-  %grain = load i64, ptr %j5
-  %j6 = getelementptr i64, ptr %job, i64 6
-  %total = load i64, ptr %j6
-  %j7 = getelementptr i64, ptr %job, i64 7
-  %sums = load ptr, ptr %j7
+{words}
   %beyond = add i64 %total, %grain
   %last = sub i64 %beyond, 1
   %tasks = udiv i64 %last, %grain
@@ -491,4 +490,7 @@ def _driver(program: Program) -> str:
         ]
         arguments.append("ptr %sum")
     call += _served(arguments) if program.reduces is None else [f"  call void @elements({', '.join(arguments)})"]
-    return _DRIVER.format(width=8 * columns, block_bytes=block_bytes, pointers="\n".join(lines), call="\n".join(call))
+    job = words("job", "ptr table", "i64 rows", "ptr scalars", "i64 grain", "i64 total", "ptr sums", first=2)
+    return _DRIVER.format(
+        words=job, width=8 * columns, block_bytes=block_bytes, pointers="\n".join(lines), call="\n".join(call)
+    )

@@ -22,6 +22,7 @@ from .llvm import (
     _prologue,
     _real_type,
     _store,
+    words,
 )
 from .program import BlockProgram, Node
 
@@ -33,18 +34,7 @@ define void @run(ptr %job, i64 %worker) {{
 entry:
   %visited = alloca i64
   store i64 0, ptr %visited
-  %j2 = getelementptr i64, ptr %job, i64 2
-  %x = load ptr, ptr %j2
-  %j3 = getelementptr i64, ptr %job, i64 3
-  %y = load ptr, ptr %j3
-  %j4 = getelementptr i64, ptr %job, i64 4
-  %numbers = load i64, ptr %j4
-  %j5 = getelementptr i64, ptr %job, i64 5
-  %scalars = load ptr, ptr %j5
-  %j6 = getelementptr i64, ptr %job, i64 6
-  %words = load ptr, ptr %j6
-  %j7 = getelementptr i64, ptr %job, i64 7
-  %grain = load i64, ptr %j7
+{loads}
   %rest = alloca [{width} x {stored}], align 64
   %full = udiv i64 %numbers, {width}
   %done = mul i64 %full, {width}
@@ -101,7 +91,8 @@ def assembly(program: BlockProgram, *, in_place: bool) -> str:
     if not in_place:
         call = "i64 %low, i64 %high, ptr %x, ptr %y, ptr %scalars, ptr %words"
         parts.append(_blocks(program, "blocks", same=False))
-    run = _RUN.format(width=len(program.lanes), stored=_STORED[dtype], size=_BYTES[dtype], call=call)
+    loads = words("job", "ptr x", "ptr y", "i64 numbers", "ptr scalars", "ptr words", "i64 grain", first=2)
+    run = _RUN.format(loads=loads, width=len(program.lanes), stored=_STORED[dtype], size=_BYTES[dtype], call=call)
     parts.append(run.replace("@blocks", "@in_place") if in_place else run)
     parts.extend(
         f"declare {_REAL[kind]} @llvm.{function}.{_SUFFIX[kind]}({_REAL[kind]})"

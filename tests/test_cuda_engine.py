@@ -267,7 +267,7 @@ def test_many_tensors(rule: str, count: int, clip_norm: float | None, gpu: GPU) 
 @pytest.mark.parametrize("count", [1, 8, 9, 64, 65, 256, 257, 681, 682])
 def test_capacities(count: int, gpu: GPU) -> None:
     """Each size of the table that goes by value, full and with one tensor too many for it."""
-    program = make_optimizer("Adam")._recipe.programs("float32", "float32")["update"]
+    program = make_optimizer("Adam")._tracing().programs("float32", "float32")["update"]
     rows = cuda.capacity(program, count)
     assert rows == next((n for n in (8, 64, 256, 681) if count <= n), None)
     params = {f"{i}": np.full(3, i, np.float32) for i in range(count)}
@@ -593,7 +593,7 @@ def test_norm_has_the_bits_of_the_cpu(name: str, layout: str, gpu: GPU) -> None:
         leaves = pairs(params, grads)
         check(leaves, writing=True)
         opt = make_optimizer("SGD", clip_norm=1.0, clip_value=40.0)
-        return Step(opt._recipe, leaves, opt._scalars(opt._recipe, 0)).values[-1]
+        return Step(opt._tracing(), leaves, opt._scalars(opt._recipe, 0)).values[-1]
 
     for g_name in REAL_DTYPES if name in REAL_DTYPES else COMPLEX_DTYPES:
         grads = alike(params, seed=3, special=0, dtype=DTYPES[g_name])

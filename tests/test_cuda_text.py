@@ -32,7 +32,7 @@ PAIRS = [*itertools.product(REAL_DTYPES, REAL_DTYPES), *itertools.product(COMPLE
 
 
 def program(opt: xo.Optimizer, dtype: str, g_dtype: str | None = None, kind: str = "update") -> Program:
-    return opt._recipe.programs(dtype, g_dtype or dtype)[kind]
+    return opt._tracing().programs(dtype, g_dtype or dtype)[kind]
 
 
 def kernels(source: str) -> dict[str, str]:

@@ -12,8 +12,9 @@ from .engines.ready import Ready
 from .engines.selection import selected
 from .errors import TraceError
 from .fusion.dtypes import COMPLEX_DTYPES, REAL_DTYPES
+from .guard import Guard, exclusive
 from .leaves import ABSENT, Leaf, as_given, pairs, rebuilt, replaced, resolve_parameter
-from .recipe import Recipe
+from .recipe import Recipe, Traced
 from .report import Report, Served
 from .state import (
     Signature,
@@ -50,9 +51,11 @@ class Optimizer:
     function of the parameter. The rule is one pure, elementwise function. It gets ``xp`` (the operations it may use),
     the parameter, the gradient and the slots, and by keyword the hyperparameters it names, and ``t``, the 1-based
     count of the step, if it names that; it returns the new parameter and the new slots. Fields annotated ``bool``
-    are static: a rule may branch on them, and on nothing else (``xp.where`` chooses between values). What a rule
-    takes from outside, a global or a closure, is read once, when it is traced. A complex array goes through the rule
-    as its real and its imaginary part, each on its own: its gradient is ``dL/d(re) + 1j*dL/d(im)``.
+    are static: a rule may branch on them, and on nothing else (``xp.where`` chooses between values). A rule is traced
+    once for each optimizer, in its first step, and again when a static field or an option that changes the program is
+    assigned: what it takes from outside, a helper, a global or a closure, is fixed then, on every engine. A complex
+    array goes through the rule as its real and its imaginary part, each on its own: its gradient is
+    ``dL/d(re) + 1j*dL/d(im)``.
 
     A class with ``fused = False`` has a rule of plain Array API code instead, which may do more than elementwise
     operations (``xp`` is then the arrays' namespace) and is run as it stands.
@@ -119,7 +122,9 @@ class Optimizer:
     _version: object  # another object after every assignment
     # What follows from the hyperparameters of a version: the recipe, and their values unless one is a schedule.
     _cached: tuple[object, Recipe, tuple[float, ...] | None]
+    _traced: Traced | None  # what the rule did when it was traced, in the first step with this recipe
     _ready: Ready | None  # what the next step can start from
+    _guard: Guard
     _known: Signature | None  # what the first update fixed
     _counter: Any  # an `engines.cuda.Counter`, while a GPU counts the steps
     _captured: Any  # the plan that a captured graph runs
@@ -238,6 +243,8 @@ class Optimizer:
         """Drop what is derived and can be made again."""
         object.__setattr__(self, "_version", object())
         object.__setattr__(self, "_cached", (None, None, None))
+        object.__setattr__(self, "_guard", Guard())
+        object.__setattr__(self, "_traced", None)
         object.__setattr__(self, "_ready", None)
         object.__setattr__(self, "_verified", None)
         object.__setattr__(self, "_counter", None)
@@ -335,13 +342,18 @@ class Optimizer:
             after=tuple(option for option in options.AFTER if option.active(self)),
             fused=self.fused,
         )
-        ready = self._ready
+        traced = self._traced
         # The same recipe keeps the same object, so that "has anything changed?" is one comparison.
-        recipe = ready.recipe if ready is not None and ready.recipe == recipe else recipe
+        recipe = traced.recipe if traced is not None and traced.recipe == recipe else recipe
         values = tuple(getattr(self, name) for name in recipe.hyperparameters)
         derived = version, recipe, values if all(type(value) is float for value in values) else None
         object.__setattr__(self, "_cached", derived)
         return derived
+
+    def _tracing(self) -> Traced:
+        """The traced recipe: that of the steps before, unless what changes the program was assigned since."""
+        recipe, traced = self._recipe, self._traced
+        return traced if traced is not None and traced.recipe is recipe else Traced(recipe)
 
     def _scalars(self, recipe: Recipe, step: int) -> list[float]:
         """The inputs of the scalar program at a step (0-based): t, then the hyperparameters in the recipe's order."""
@@ -354,6 +366,7 @@ class Optimizer:
     # -----------------------------------------------------------------------------------------------------------------
     # Stepping
 
+    @exclusive
     def update(self, params: Any, grads: Any) -> None:
         """Update ``params`` in place by one step.
 
@@ -382,12 +395,8 @@ class Optimizer:
         array([0.5, 2.5])
         """
         ready = self._ready
-        if ready is not None and ready.busy.acquire(blocking=False):
-            try:
-                if self._again(ready, params, grads):
-                    return
-            finally:
-                ready.busy.release()
+        if ready is not None and self._again(ready, params, grads):
+            return
         leaves = pairs(params, grads)
         step = self._advance(leaves, self._state, writing=True)
         for leaf in leaves:
@@ -407,6 +416,7 @@ class Optimizer:
             resolve_parameter(leaf, writing=False)
         return {"step": 0, "slots": fresh_slots(self._slot_starts(), leaves)}
 
+    @exclusive
     def apply(self, params: Any, grads: Any, state: State) -> tuple[Any, State]:
         """One step without side effects: new parameters and a new state; the arguments stay as they are.
 
@@ -427,7 +437,7 @@ class Optimizer:
 
     def _advance(self, leaves: list[Leaf], state: State, *, writing: bool) -> Step:
         """One step over leaves: every check, then every write. Only this method and `_again` change a state."""
-        recipe = self._recipe
+        traced = self._tracing()
         check(leaves, writing=writing)
         _refuse_capture(leaves)
         known = check_signature(type(self).__name__, self._known, leaves) if writing else None
@@ -435,13 +445,14 @@ class Optimizer:
         if writing:
             object.__setattr__(self, "_verified", check_memory(leaves, self._verified))
         copy_overlapping_gradients(leaves)
-        step = self._step(recipe, leaves, state, writing)
+        step = self._step(traced, leaves, state, writing)
         if writing and self._counter is not None and step.counter is None:
             _ = self.state  # the host counts again
-            step = self._step(recipe, leaves, state, writing)
+            step = self._step(traced, leaves, state, writing)
         state["slots"] = slots
         _counted(state, step.run)
-        for k, name in enumerate(recipe.slots):
+        object.__setattr__(self, "_traced", traced)
+        for k, name in enumerate(traced.recipe.slots):
             for leaf in step.others:
                 slots[name][leaf.key] = leaf.slots[k]
         if writing:
@@ -449,12 +460,12 @@ class Optimizer:
             object.__setattr__(self, "_counter", step.counter)
         return step
 
-    def _step(self, recipe: Recipe, leaves: list[Leaf], state: State, writing: bool) -> Step:
-        values = self._scalars(recipe, checked_step(state))
+    def _step(self, traced: Traced, leaves: list[Leaf], state: State, writing: bool) -> Step:
+        values = self._scalars(traced.recipe, checked_step(state))
         if not writing:
-            return Step(recipe, leaves, values)
+            return Step(traced, leaves, values)
         count, counter = state["step"], self._counter
-        return Step(recipe, leaves, values, count=count, counter=counter, capturable=self.capturable)
+        return Step(traced, leaves, values, count=count, counter=counter, capturable=self.capturable)
 
     def _again(self, ready: Ready, params: Any, grads: Any) -> bool:
         """The step over arrays that are what they were at the last one, checked by `Ready`. False: do it in full."""
@@ -514,6 +525,7 @@ class Optimizer:
                 counter.expected += 1
         return True
 
+    @exclusive
     def prepare_replay(self) -> None:
         """Before a replay of a captured `update`: hand the present hyperparameters to the GPU, in stream order.
 
@@ -548,6 +560,7 @@ class Optimizer:
     # -----------------------------------------------------------------------------------------------------------------
     # Saving
 
+    @exclusive
     def state_dict(self) -> dict[str, Any]:
         """A copy of the state as plain data, with the class and the hyperparameters it was made with.
 
@@ -563,6 +576,7 @@ class Optimizer:
         parameters = {key: [list(shape), dtype] for key, (_, shape, dtype, _) in (self._known or {}).items()}
         return {"class": name, "hyperparameters": values, "parameters": parameters, **copied_state(self._state)}
 
+    @exclusive
     def load_state_dict(self, d: Mapping[str, Any]) -> None:
         """Restore a state made by `state_dict`; the hyperparameters stay as they are.
 
@@ -649,7 +663,11 @@ class Optimizer:
             raise ValueError(
                 f"no kernel takes {grad_dtype} gradients for {dtype} parameters: both real or both complex"
             )
-        passes = self._recipe.programs(dtype, grad_dtype or dtype).values()
+        if not self.fused:
+            raise ValueError(
+                f"{type(self).__name__} says fused = False: its rule is plain code, of which no program is made"
+            )
+        passes = self._tracing().programs(dtype, grad_dtype or dtype).values()
         return Source("\n\n".join(writers[kind](program) for program in passes))
 
 

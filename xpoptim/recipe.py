@@ -1,14 +1,16 @@
 """A recipe: everything that is computed for one tensor in one step, the options around the rule.
 
-It is what is traced, and what the reference engine carries out.
+It is traced, and the engines get what was traced: `Traced`.
 """
 
 from __future__ import annotations
 
 import inspect
+import signal
+import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -79,10 +81,6 @@ class Recipe:
         """The inputs of the scalar program, in order."""
         return ("t", *self.hyperparameters, *self.reductions)
 
-    def programs(self, dtype: str, g_dtype: str) -> dict[str, Program]:
-        """The passes of a step for one pair of dtypes: "update", and "norm" before it if an option needs that."""
-        return _programs(self, dtype, g_dtype)
-
     def gradient(self, xp: Functions, buffers: dict[str, Value], scalars: Mapping[str, Value]) -> Value:
         """The gradient as the first option that reduces it finds it: what the global norm is taken of."""
         values = dict(buffers)
@@ -111,6 +109,8 @@ class Recipe:
         except TraceError:
             raise
         except Exception as error:
+            if _of_signal_handler(error):
+                raise
             if isinstance(error, ValueError) and "read-only" in str(error):
                 raise TraceError(f"{self.name} writes to an argument: a rule returns new arrays instead") from error
             what = "could not be traced" if self.fused else "raised an error"
@@ -141,16 +141,49 @@ def _as_argument(value: Value, name: str) -> Value:
     return Value(value.backend, value.raw, value.type, scalar=value.scalar, argument=name)
 
 
-@lru_cache(maxsize=1024)
-def _programs(recipe: Recipe, dtype: str, g_dtype: str) -> dict[str, Program]:
-    slots = [Buffer(name, "slot", slot_dtype(dtype)) for name in recipe.slots]
-    buffers = (Buffer("p", "param", dtype), Buffer("g", "grad", g_dtype), *slots)
-    functions: dict[str, Callable[..., Any]] = {"norm": recipe.gradient} if recipe.reductions else {}
-    functions["update"] = recipe.update
-    return {
-        kind: trace(function, name=recipe.name, buffers=buffers, inputs=recipe.inputs, compute=compute_dtype(dtype))
-        for kind, function in functions.items()
+def _of_signal_handler(error: Exception) -> bool:
+    """Whether a Python signal handler raised it: that says nothing of the rule that happened to run."""
+    handlers = filter(callable, map(signal.getsignal, signal.valid_signals()))
+    codes = {
+        getattr(handler, "__code__", None) or getattr(type(handler).__call__, "__code__", None) for handler in handlers
     }
+    return any(frame.f_code in codes for frame, _ in traceback.walk_tb(error.__traceback__))
+
+
+class Traced:
+    """A recipe, traced. What its rule takes from outside, a helper or a global, is fixed by that, on every engine.
+
+    Tracing does not ask for dtypes: it is done once, and gives the programs of all.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        functions: dict[str, Callable[..., Any]] = {"norm": recipe.gradient} if recipe.reductions else {}
+        if recipe.fused:
+            functions["update"] = recipe.update
+        buffers = _buffers(recipe, "float32", "float32")
+        self._passes = {
+            kind: trace(function, name=recipe.name, buffers=buffers, inputs=recipe.inputs, compute="float32")
+            for kind, function in functions.items()
+        }
+        self._programs: dict[tuple[str, str], dict[str, Program]] = {}
+
+    def programs(self, dtype: str, g_dtype: str) -> dict[str, Program]:
+        """The passes of a step for one pair of dtypes: "update", and "norm" before it if an option needs that.
+
+        A plain rule has no "update".
+        """
+        if (dtype, g_dtype) not in self._programs:
+            buffers, compute = _buffers(self.recipe, dtype, g_dtype), compute_dtype(dtype)
+            self._programs[dtype, g_dtype] = {
+                kind: replace(program, buffers=buffers, compute=compute) for kind, program in self._passes.items()
+            }
+        return self._programs[dtype, g_dtype]
+
+
+def _buffers(recipe: Recipe, dtype: str, g_dtype: str) -> tuple[Buffer, ...]:
+    slots = [Buffer(name, "slot", slot_dtype(dtype)) for name in recipe.slots]
+    return (Buffer("p", "param", dtype), Buffer("g", "grad", g_dtype), *slots)
 
 
 def _plain(rule: Callable[..., Any], xp: Functions, arrays: list[Value], keywords: dict[str, Any]) -> tuple[Value, ...]:

@@ -12,7 +12,7 @@ from .engines.selection import selected
 from .fusion.norm import add_in_order
 from .leaves import Leaf, replaced, resolve_gradient, resolve_parameter
 from .memory import Written, copied, dense_alike, extent, overlapping_pair, overlaps_itself
-from .recipe import Recipe
+from .recipe import Recipe, Traced
 
 
 def check(leaves: list[Leaf], *, writing: bool) -> None:
@@ -69,7 +69,7 @@ class Step:
 
     def __init__(
         self,
-        recipe: Recipe,
+        traced: Traced,
         leaves: list[Leaf],
         values: list[float],
         *,
@@ -77,9 +77,9 @@ class Step:
         counter: Any = None,
         capturable: bool = False,
     ) -> None:
-        self.recipe, self.leaves, self.values = recipe, leaves, values
+        recipe = traced.recipe
+        self.traced, self.recipe, self.leaves, self.values = traced, recipe, leaves, values
         self.cpu, self.gpu, self.others, self.staged = _divided(recipe, leaves)
-        _trace_all(recipe, self.others)
         self.cpu_plan, self.gpu_plan = self._plans()
         counted = recipe.reductions or capturable
         alone = self.gpu_plan is not None and len(self.gpu_plan.devices) == 1 and not self.others and not self.cpu
@@ -90,18 +90,18 @@ class Step:
         self._results = None if recipe.fused else [self._computed(leaf) for leaf in self.others]
 
     def _computed(self, leaf: Leaf) -> list[Any]:
-        return reference.computed(self.recipe, leaf, dict(zip(self.recipe.inputs, self.values, strict=True)))
+        return reference.computed(self.traced, leaf, self.values)
 
     def _plans(self) -> tuple[Any, Any]:
         cpu_plan = gpu_plan = None
         if self.cpu:
             from .engines.cpu import Plan
 
-            cpu_plan = Plan(self.recipe, self.cpu)
+            cpu_plan = Plan(self.traced, self.cpu)
         if self.gpu:
             from .engines import cuda
 
-            gpu_plan = cuda.Plan(self.recipe, self.gpu)
+            gpu_plan = cuda.Plan(self.traced, self.gpu)
         return cpu_plan, gpu_plan
 
     def _counter(self, counter: Any, count: int) -> Any:
@@ -116,7 +116,6 @@ class Step:
         return counter
 
     def _norm(self) -> float:
-        scalars = dict(zip(self.recipe.inputs, self.values, strict=False))
         sums: dict[str, float] = {}
         if self.cpu_plan is not None:
             odd = {i: x.g for i, x in enumerate(self.cpu) if x.g is not None and not x.g.flags.c_contiguous}
@@ -124,7 +123,7 @@ class Step:
             sums |= dict(zip((x.key for x in self.cpu), squares.tolist(), strict=True))
         if self.gpu_plan is not None:
             sums |= {self.gpu[i].key: value for i, value in self.gpu_plan.squares(self.values).items()}
-        sums |= {leaf.key: reference.squares_sum(self.recipe, leaf, scalars) for leaf in self.others}
+        sums |= {leaf.key: reference.squares_sum(self.traced, leaf, self.values) for leaf in self.others}
         return finite_norm({leaf.key: leaf.named("grads") for leaf in self.leaves}, sums)
 
     def run(self, made: Any) -> None:
@@ -243,14 +242,6 @@ def engine_for(recipe: Recipe, leaf: Leaf, with_gradient: bool) -> tuple[str, st
         kind = "a NumPy scalar" if isinstance(leaf.given, np.generic) else "a Python float"
         return "fused", f"{kind}, through an array of its own; replaced in its container"
     return "fused", f"dense {'CuPy' if leaf.space == 'cupy' else 'NumPy'} arrays of equal layout"
-
-
-def _trace_all(recipe: Recipe, leaves: list[Leaf]) -> None:
-    """Trace the rule for leaves that no kernel is made for: what cannot be traced is an error on every engine."""
-    if not recipe.fused or not leaves:
-        return
-    for dtype, g_dtype in {(leaf.dtype, leaf.g_dtype) for leaf in leaves}:
-        recipe.programs(dtype, g_dtype)
 
 
 def _refuse_identical(leaves: list[Leaf]) -> None:

@@ -1,6 +1,6 @@
 """The CPU engine: fused kernels over tables of NumPy arrays.
 
-`kernel` compiles a recipe for one pair of dtypes. A `Plan` lays the arrays of a container out as one table, runs
+`kernels` compiles a recipe for one pair of dtypes. A `Plan` lays the arrays of a container out as one table, runs
 the kernels over it, and can be run again as long as the arrays are what they were.
 """
 
@@ -20,7 +20,7 @@ from ..fusion.norm import CHUNK, fold
 from ..fusion.program import Program
 from ..leaves import Leaf
 from ..memory import dense_alike
-from ..recipe import Recipe
+from ..recipe import Traced
 from . import crew, threads
 
 _GRAIN = 1 << 14  # elements of a task at most, a multiple of CHUNK
@@ -39,19 +39,15 @@ class Kernel:
         self.scalars = len(program.scalars)
 
 
-@lru_cache(maxsize=256)  # not for ever: a class that is defined again and again, as in a notebook, is another recipe
-def _kernel(recipe: Recipe, dtype: str, g_dtype: str, kind: str) -> Kernel:
-    return Kernel(recipe.programs(dtype, g_dtype)[kind])
+@lru_cache(maxsize=256)  # not for ever: a rule that is written again and again, as in a notebook, is another program
+def _kernel(program: Program) -> Kernel:
+    return Kernel(program)
 
 
-def kernels(recipe: Recipe, dtype: str, g_dtype: str) -> dict[str, Kernel]:
-    """The compiled passes of a step for one pair of dtypes; compiled once for each recipe."""
+def kernels(traced: Traced, dtype: str, g_dtype: str) -> dict[str, Kernel]:
+    """The compiled passes of a step for one pair of dtypes. Equal programs are compiled once."""
     with threads.compiling:
-        return {kind: _kernel(recipe, dtype, g_dtype, kind) for kind in _passes(recipe)}
-
-
-def _passes(recipe: Recipe) -> tuple[str, ...]:
-    return ("norm", "update") if recipe.reductions else ("update",)
+        return {kind: _kernel(program) for kind, program in traced.programs(dtype, g_dtype).items()}
 
 
 def obstacle(leaf: Leaf) -> str:
@@ -139,7 +135,8 @@ class Plan:
     It holds addresses, not arrays: whoever calls `run` keeps the arrays alive.
     """
 
-    def __init__(self, recipe: Recipe, leaves: list[Leaf]) -> None:
+    def __init__(self, traced: Traced, leaves: list[Leaf]) -> None:
+        recipe = traced.recipe
         threads.get_num_threads()  # a bad XPOPTIM_NUM_THREADS is an error now, before anything is written
         columns = 2 + len(recipe.slots)
         self._table = np.zeros((len(leaves), HEADER + columns), np.int64)
@@ -153,7 +150,7 @@ class Plan:
             by_dtypes.setdefault((leaf.dtype, leaf.g_dtype or leaf.dtype), []).append(i)
         row = start = 0
         for (dtype, g_dtype), members in by_dtypes.items():
-            passes = {kind: _Pass(kernel) for kind, kernel in kernels(recipe, dtype, g_dtype).items()}
+            passes = {kind: _Pass(kernel) for kind, kernel in kernels(traced, dtype, g_dtype).items()}
             group = _Group(passes, members, first=row, start=start, total=0, elements=0)
             for i in members:
                 self._fill(row, start - group.start, i, leaves[i])
@@ -180,7 +177,7 @@ class Plan:
         largest = max((group.elements for group in busy), default=0)
         self.calls = {
             kind: crew.Calls([group.passes[kind].call(self._inputs_at) for group in busy], largest)
-            for kind in _passes(recipe)
+            for kind in (("norm", "update") if recipe.reductions else ("update",))
         }
 
     def _fill(self, row: int, start: int, i: int, leaf: Leaf) -> None:

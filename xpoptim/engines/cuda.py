@@ -21,7 +21,7 @@ from ..fusion.program import Program
 from ..fusion.scalars import evaluate
 from ..leaves import Leaf
 from ..memory import dense_alike
-from ..recipe import Recipe
+from ..recipe import Traced
 from . import driver
 
 _MOST_BYTES = 32_764  # of a kernel's parameters
@@ -192,8 +192,8 @@ def staged(leaf: Leaf) -> Leaf:
 class Plan:
     """Tables over CuPy arrays, and the launches that run them; usable as long as the arrays are what they were."""
 
-    def __init__(self, recipe: Recipe, leaves: list[Leaf]) -> None:
-        self.recipe, self.leaves = recipe, len(leaves)
+    def __init__(self, traced: Traced, leaves: list[Leaf]) -> None:
+        self._traced, self.recipe, self.leaves = traced, traced.recipe, len(leaves)
         by_kind: dict[tuple[int, str, str], list[int]] = {}
         for i, leaf in enumerate(leaves):
             if leaf.g is not None:
@@ -206,7 +206,7 @@ class Plan:
 
     def _group(self, kind: tuple[int, str, str], members: list[int], leaves: list[Leaf]) -> _Group:
         device, dtype, g_dtype = kind
-        programs = self.recipe.programs(dtype, g_dtype)
+        programs = self._traced.programs(dtype, g_dtype)
         lengths = [leaves[i].p.size * (2 if dtype in PART else 1) for i in members]
         with driver.on(device):
             table = _Table(programs["update"], device, len(members))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from dataclasses import replace
 from typing import Any
 
@@ -59,7 +58,6 @@ class Ready:
     ) -> None:
         self.recipe, self.plan, self._watch, self.direct = recipe, plan, watch, direct
         self.keys = [leaf.key for leaf in leaves]
-        self.busy = threading.Lock()  # held by the one step that uses the plan
         self.gradient_names = {leaf.key: leaf.named("grads") for leaf in leaves}
         self.on_gpu = leaves[0].space == "cupy"
         self._shape, self._copies, self._boxes = skeleton, copies or {}, boxes or {}

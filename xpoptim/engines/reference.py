@@ -1,4 +1,4 @@
-"""The reference engine: a rule carried out as it stands, operation by operation, on any Array API namespace.
+"""The reference engine: a program carried out operation by operation on any Array API namespace.
 
 It defines what the fused engines must give. Each array operation makes a new array; nothing is clever here.
 """
@@ -13,13 +13,15 @@ import numpy as np
 from ..fusion.dtypes import COMPLEX_DTYPES, PART, compute_dtype
 from ..fusion.language import Functions, Value
 from ..fusion.norm import chunk_sums, fold
-from ..fusion.ops import BOOL, Op, Type
+from ..fusion.ops import BOOL, TABLE, Op, Type
+from ..fusion.program import Node, Program
+from ..fusion.scalars import evaluate
 from ..leaves import Leaf, device_of, dtype_name, namespace
-from ..recipe import Recipe
+from ..recipe import Recipe, Traced
 
 
 class Eager:
-    """The backend that carries out: scalars in float64 on the host, arrays in their namespace."""
+    """The backend of plain rules, which carries out at once: scalars in float64 on the host, arrays where they are."""
 
     def __init__(self, rule: str, xp: Any, dtype: Any, device: Any) -> None:
         self.rule, self.xp, self.dtype, self.device = rule, xp, dtype, device
@@ -42,24 +44,15 @@ class Eager:
         return self.xp.asarray(float(scalar), dtype=self.dtype, device=self.device)
 
 
-def _prepared(recipe: Recipe, xp: Any, arrays: list[Any], dtype: str, scalars: dict[str, float]) -> tuple[Any, ...]:
-    """A backend, and the leaf's arrays in the compute dtype and the scalars as values of it."""
-    compute = getattr(xp, compute_dtype(dtype))
-    cast = [xp.astype(a, compute, copy=False) for a in arrays]
-    backend = Eager(recipe.name, xp, compute, device_of(arrays[0]))
-    buffers = {name: Value(backend, a, argument=name) for name, a in zip(recipe.buffers, cast, strict=True)}
-    inputs = {
-        name: Value(backend, np.float64(x), scalar=True, integral=name == "t", argument=name)
-        for name, x in scalars.items()
-    }
-    return backend, buffers, inputs, cast
-
-
-def computed(recipe: Recipe, leaf: Leaf, scalars: dict[str, float]) -> list[Any]:
-    """The leaf's new parameter and slots, in the compute dtype."""
-    xp = namespace(leaf.p)
+def computed(traced: Traced, leaf: Leaf, values: list[float]) -> list[Any]:
+    """The leaf's new parameter and slots, in the compute dtype. ``values`` are the recipe's inputs, in order."""
+    xp, recipe = namespace(leaf.p), traced.recipe
+    program = traced.programs(leaf.dtype, leaf.g_dtype).get("update")
     with np.errstate(all="ignore"):
-        parts = [_part(recipe, xp, arrays, leaf.dtype, scalars) for arrays in _parts(xp, leaf)]
+        parts = [
+            _stored(program, xp, arrays, values) if program else _plain(recipe, xp, arrays, leaf.dtype, values)
+            for arrays in _parts(xp, leaf)
+        ]
         return [_joined(xp, [part[i] for part in parts], leaf) for i in range(1 + len(leaf.slots))]
 
 
@@ -71,11 +64,57 @@ def write(leaf: Leaf, new: list[Any]) -> None:
         leaf.slots = [_put(xp, old, value, leaf.mutable) for old, value in zip(leaf.slots, new[1:], strict=True)]
 
 
-def _part(recipe: Recipe, xp: Any, arrays: list[Any], dtype: str, scalars: dict[str, float]) -> list[Any]:
-    """One real array through the rule: the new parameter and slots in the compute dtype."""
-    backend, buffers, inputs, cast = _prepared(recipe, xp, arrays, dtype, scalars)
+def _stored(program: Program, xp: Any, arrays: list[Any], values: list[float]) -> list[Any]:
+    """What a program stores, for one real array with its gradient and slots, in the compute dtype."""
+    known = _carried_out(program, xp, arrays, values, [node for _, node in program.stores])
+    outputs = []
+    for _, number in program.stores:
+        raw = known[number]
+        if program.nodes[number].op == "buffer":  # an input handed through: it may be written before it is read
+            raw = xp.asarray(raw, copy=True)
+        outputs.append(xp.broadcast_to(raw, tuple(arrays[0].shape)))
+    return outputs
+
+
+def _carried_out(
+    program: Program, xp: Any, arrays: list[Any], values: list[float], wanted: list[int]
+) -> dict[int, Any]:
+    """The wanted nodes of a program as arrays: one operation after the other, each array dropped after its last use."""
+    compute, device = getattr(xp, program.compute), device_of(arrays[0])
+    scalars = dict(zip(program.scalars, evaluate(program, values), strict=True))
+    steps = list(program.steps(scalar=False))
+    last = {operand: number for number, node in steps for operand in node.args}
+    known: dict[int, Any] = {}
+    for number, node in steps:
+        if node.op == "buffer":
+            known[number] = xp.astype(arrays[_index(node)], compute, copy=False)
+        elif node.op == "spread":
+            value = scalars.get(node.args[0], program.nodes[node.args[0]].value)
+            known[number] = xp.asarray(value, dtype=xp.bool if node.type is BOOL else compute, device=device)
+        else:
+            known[number] = TABLE[node.op].array(xp, *(known[operand] for operand in node.args))
+            for operand in set(node.args):
+                if last[operand] == number and operand not in wanted:
+                    del known[operand]
+    return known
+
+
+def _index(node: Node) -> int:
+    assert isinstance(node.value, int)
+    return node.value
+
+
+def _plain(recipe: Recipe, xp: Any, arrays: list[Any], dtype: str, values: list[float]) -> list[Any]:
+    """One real array through a plain rule and the options around it: new parameter and slots in the compute dtype."""
+    compute = getattr(xp, compute_dtype(dtype))
+    cast = [xp.astype(a, compute, copy=False) for a in arrays]
+    backend = Eager(recipe.name, xp, compute, device_of(arrays[0]))
+    buffers = {name: Value(backend, a, argument=name) for name, a in zip(recipe.buffers, cast, strict=True)}
+    inputs = {
+        name: Value(backend, np.float64(x), scalar=True, integral=name == "t", argument=name)
+        for name, x in zip(recipe.inputs, values, strict=True)
+    }
     result = recipe.update(Functions(backend), buffers, inputs)
-    shape = tuple(arrays[0].shape)
     outputs = []
     for name in recipe.buffers:
         if name != "g":
@@ -83,7 +122,7 @@ def _part(recipe: Recipe, xp: Any, arrays: list[Any], dtype: str, scalars: dict[
             raw = backend.spread(value.raw, value.type) if value.scalar else value.raw
             if any(raw is a for a in cast):  # an input handed through: it may be written before it is read
                 raw = xp.asarray(raw, copy=True)
-            outputs.append(xp.broadcast_to(raw, shape))
+            outputs.append(xp.broadcast_to(raw, tuple(arrays[0].shape)))
     return outputs
 
 
@@ -130,14 +169,14 @@ def _put(xp: Any, old: Any, new: Any, mutable: bool) -> Any:
     return old
 
 
-def squares_sum(recipe: Recipe, leaf: Leaf, scalars: dict[str, float]) -> float:
+def squares_sum(traced: Traced, leaf: Leaf, values: list[float]) -> float:
     """The float64 sum of the squares of the leaf's loaded gradient, by the tree of `fusion.norm`."""
     xp = namespace(leaf.g)
+    program = traced.programs(leaf.dtype, leaf.g_dtype)["norm"]
+    reduced = program.reduces
+    assert reduced is not None
     with np.errstate(all="ignore"):
-        parts = []
-        for arrays in _parts(xp, leaf):
-            backend, buffers, inputs, _ = _prepared(recipe, xp, arrays, leaf.dtype, scalars)
-            parts.append(recipe.gradient(Functions(backend), buffers, inputs).raw)
+        parts = [_carried_out(program, xp, arrays, values, [reduced])[reduced] for arrays in _parts(xp, leaf)]
         flat = xp.reshape(parts[0] if len(parts) == 1 else xp.stack(parts, axis=-1), (-1,))
         if leaf.space == "jax":  # its float64 may be switched off
             xp, flat = np, np.asarray(flat)

@@ -6,7 +6,7 @@ A `Program` is plain immutable data. The code generators walk it; nothing else d
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from .ops import TABLE, Type
@@ -17,13 +17,19 @@ class Node:
     """``op`` is a row of the table, or one of the leaves: ``buffer`` (value: its index), ``input`` (value: the
     scalar's name), ``const`` (value: the number), ``spread`` (a scalar node, rounded for array use). In a
     `BlockProgram` also ``lane`` (value: which of a block's numbers), ``block`` (value: 0 or 1, the low or the high
-    word of the block's index) and ``word`` (value: the name of a word that the caller supplies)."""
+    word of the block's index) and ``word`` (value: the name of a word that the caller supplies).
+
+    Nodes are equal if their values are spelled alike: -0.0 is not 0.0, and a NaN is itself."""
 
     op: str
     args: tuple[int, ...]
     type: Type
     scalar: bool
-    value: float | bool | int | str | None = None
+    value: float | bool | int | str | None = field(default=None, compare=False)
+    spelling: str = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "spelling", repr(self.value))
 
 
 @dataclass(frozen=True)

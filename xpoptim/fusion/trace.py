@@ -21,12 +21,10 @@ class Tracer:
         self._known: dict[Node, int] = {}
 
     def add(self, node: Node) -> int:
-        # repr tells -0.0 from 0.0 and one NaN from none; a Node as key alone would not.
-        key = Node(node.op, node.args, node.type, node.scalar, repr(node.value))
-        if key not in self._known:
-            self._known[key] = len(self.nodes)
+        if node not in self._known:
+            self._known[node] = len(self.nodes)
             self.nodes.append(node)
-        return self._known[key]
+        return self._known[node]
 
     def constant(self, value: float | bool) -> int:
         type = Type.BOOL if isinstance(value, bool) else REAL

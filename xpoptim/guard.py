@@ -1,0 +1,81 @@
+"""One caller at a time: another thread waits, a caller within the call raises, and a forked child starts free."""
+
+from __future__ import annotations
+
+import functools
+import os
+import threading
+from collections.abc import Callable
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+_forks = 0  # how many lie between this process and the first
+
+
+class Guard:
+    """Who is inside, and the lock that keeps the others out.
+
+    The lock is reentrant, so that a schedule or a signal handler that calls again meets an error and no deadlock.
+    """
+
+    __slots__ = ("forks", "lock", "owner")
+
+    def __init__(self) -> None:
+        self.forks, self.lock, self.owner = _forks, threading.RLock(), 0
+
+    def renew(self) -> None:
+        """In a forked child: the parent's other threads do not exist, and cannot open what they have locked."""
+        with _renewing:
+            if self.forks != _forks:
+                if self.owner != threading.get_ident():
+                    self.owner = 0
+                self.lock = threading.RLock()
+                self.forks = _forks
+
+
+class Guarded(Protocol):
+    """What has a guard."""
+
+    _guard: Guard
+
+
+_Self = TypeVar("_Self", bound=Guarded)
+
+
+def exclusive(method: Callable[Concatenate[_Self, _P], _R]) -> Callable[Concatenate[_Self, _P], _R]:
+    """Let one caller of these methods of an object in at a time. A call from within another raises ``RuntimeError``."""
+    name = method.__name__
+
+    @functools.wraps(method)
+    def guarded(self: _Self, /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
+        guard = self._guard
+        if guard.forks != _forks:
+            guard.renew()
+        # A signal handler may raise between any two calls. `with` on the lock itself leaves no gap, nor does the store.
+        with guard.lock:
+            if guard.owner:
+                raise RuntimeError(
+                    f"{type(self).__name__}.{name} is called while a step of the same optimizer is under way, from a "
+                    "schedule, a rule or a signal handler: call it before or after the step"
+                )
+            try:
+                guard.owner = threading.get_ident()
+                return method(self, *args, **kwargs)
+            finally:
+                guard.owner = 0
+
+    return guarded
+
+
+def _after_fork() -> None:
+    global _forks, _renewing
+    _forks += 1
+    _renewing = threading.Lock()
+
+
+_renewing: Any = threading.Lock()
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

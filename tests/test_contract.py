@@ -297,6 +297,24 @@ def test_lists_of_unequal_length_are_an_error(engine: str, after_a_step: bool) -
             opt.update(params, grads)
 
 
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_nested_lists_of_unequal_length_at_a_later_step(engine: str, kind: Any) -> None:
+    opt, params = xo.Momentum(), [kind([np.ones(2)]), kind([np.ones(3)])]
+    opt.update(params, [[np.ones(2)], [np.ones(3)]])
+    for grads in ([[np.ones(2)]], [[np.ones(2)], []], [[np.ones(2)], [np.ones(3)], [np.ones(4)]]):
+        with refused(opt, params, grads, error=ValueError, names="length"):
+            opt.update(params, grads)
+
+
+def test_an_array_in_place_of_a_list_of_gradients(engine: str) -> None:
+    """As many rows as the list has entries: the later steps must not take them for gradients either."""
+    opt, params = xo.Momentum(), [np.ones(3), np.ones(3)]
+    for _ in range(2):
+        with refused(opt, params, error=TypeError, names="params grads list ndarray"):
+            opt.update(params, np.ones((2, 3)))
+        opt.update(params, [np.ones(3), np.ones(3)])
+
+
 @pytest.mark.parametrize("options", [{}, {"clip_norm": 0.1, "clip_value": 0.2, "maximize": True, "weight_decay": 1}])
 @pytest.mark.parametrize("name", RULES)
 def test_gradients_are_never_modified(engine: str, name: str, options: dict[str, Any]) -> None:

@@ -588,6 +588,63 @@ def test_subclasses_of_ndarray(engine: str, tmp_path: Any) -> None:
     assert params["m"] is mapped
 
 
+class WithUnit(np.ndarray):
+    """A subclass that carries an attribute, as NumPy's guide writes one."""
+
+    unit: str
+
+    def __new__(cls, values: Any, unit: str) -> "WithUnit":
+        new = np.asarray(values).view(cls)
+        new.unit = unit
+        return new
+
+    def __array_finalize__(self, obj: Any) -> None:
+        self.unit = getattr(obj, "unit", "none")
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.complex128])
+@pytest.mark.parametrize("gradient", [True, False])
+def test_apply_keeps_subclasses_of_ndarray(engine: str, dtype: Any, gradient: bool) -> None:
+    """With their attributes, and in memory of their own."""
+    given = WithUnit(np.full((2, 3), 2, dtype).T, "m/s")
+    params = {"a": given, "t": (np.ones(2).view(Tagged), np.ones(2)), "n": WithUnit(np.array(2, dtype), "m")}
+    opt = xo.Momentum(lr=1.0)
+    g = {"a": np.ones((3, 2), dtype), "t": [np.ones(2), np.ones(2)], "n": np.array(1, dtype)}
+    g = g if gradient else {"a": None, "t": [None, None], "n": None}
+    new, state = opt.apply(params, g, opt.init(params))
+    new, state = opt.apply(new, g, state)
+    kinds = [type(x) for x in (new["a"], new["n"], *new["t"])]
+    assert kinds == [WithUnit, WithUnit, Tagged, np.ndarray]
+    assert (new["a"].unit, new["n"].unit) == ("m/s", "m")
+    assert new["a"].dtype == given.dtype
+    assert not np.shares_memory(new["a"], given)
+    expected = xo.Momentum(lr=1.0)
+    plain = {"a": np.asarray(given).copy(), "t": [np.ones(2), np.ones(2)], "n": np.array(2, dtype)}
+    for _ in range(2):
+        expected.update(plain, g)
+    assert_same_bits(new["a"], plain["a"])
+    assert_same_bits(new["n"], plain["n"])
+    assert (given == 2).all()
+    assert {type(slot) for slots in state["slots"].values() for slot in slots.values()} == {np.ndarray}
+
+
+def test_apply_keeps_a_matrix(engine: str) -> None:
+    with pytest.warns(PendingDeprecationWarning):
+        params = [np.matrix([[1.0, 2.0]])]
+    new, _ = xo.SGD(lr=0.5).apply(params, [np.ones((1, 2))], {"step": 0, "slots": {}})
+    assert type(new[0]) is np.matrix
+    assert new[0].tolist() == [[0.5, 1.5]]
+
+
+def test_apply_to_a_memory_map_gives_an_array_in_memory(engine: str, tmp_path: Any) -> None:
+    """As NumPy's own arithmetic does: the new values are in no file."""
+    mapped = np.memmap(tmp_path / "w", np.float32, "w+", shape=(4,))
+    new, _ = xo.SGD(lr=0.5).apply({"m": mapped}, {"m": np.ones(4, np.float32)}, {"step": 0, "slots": {}})
+    assert type(new["m"]) is type(mapped - 1) is np.ndarray
+    assert new["m"].tolist() == [-0.5] * 4
+    assert not mapped.any()
+
+
 # ---- Bad input: a clear error, and nothing changed -------------------------------------------------------------
 
 

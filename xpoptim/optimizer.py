@@ -420,7 +420,9 @@ class Optimizer:
     def apply(self, params: Any, grads: Any, state: State) -> tuple[Any, State]:
         """One step without side effects: new parameters and a new state; the arguments stay as they are.
 
-        It works on containers of immutable leaves too (tuples, JAX arrays, floats, read-only arrays).
+        It works on containers of immutable leaves too (tuples, JAX arrays, floats, read-only arrays). A leaf keeps its
+        class, a subclass of ndarray with its attributes; but of a ``np.memmap`` the new value is an array in memory, as
+        in NumPy's own arithmetic.
 
         >>> import numpy as np, xpoptim as xo
         >>> opt = xo.SGD(lr=0.5)

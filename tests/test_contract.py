@@ -153,13 +153,170 @@ def test_integer_keys_of_dicts(engine: str) -> None:
     assert sorted(opt.state["slots"]["v"]) == ["0", "1"]
 
 
-@pytest.mark.parametrize("empty", [{}, [], (), {"a": {}}, {"a": [], "b": ()}])
-def test_an_empty_container_is_an_error(engine: str, empty: Any) -> None:
-    opt = xo.SGD()
-    with refused(opt, empty, error=ValueError, names="empty"):
-        opt.update(empty, empty)
-    with refused(opt, empty, error=ValueError, names="empty"):
-        opt.init(empty)
+EMPTY: list[Any] = [{}, [], (), {"a": {}}, {"a": [], "b": ()}, [{}, []]]
+
+
+@pytest.mark.parametrize("clip_norm", [None, 1.0])
+@pytest.mark.parametrize("name", ["SGD", "Adam"])
+@pytest.mark.parametrize("empty", EMPTY, ids=str)
+def test_an_empty_container_is_a_step_over_nothing(engine: str, empty: Any, name: str, clip_norm: float | None) -> None:
+    """A model may be made of layers of which some have no parameters, each with an optimizer."""
+    opt = make_optimizer(name, clip_norm=clip_norm)
+    update: Any = opt.update
+    for _ in range(3):
+        assert update(empty, empty) is None
+    assert step_count(opt) == 3
+    assert all(slots == {} for slots in opt.state["slots"].values())
+    assert tuple(opt.explain(empty, empty)) == tuple(opt.explain(empty)) == ()
+    state = opt.init(empty)
+    assert state == {"step": 0, "slots": {name: {} for name in opt.state["slots"]}}
+    for step in (1, 2):
+        new, state = opt.apply(empty, empty, state)
+        assert (new, state["step"]) == (empty, step)
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam"])
+def test_the_first_step_fixes_the_empty_set_too(engine: str, name: str) -> None:
+    opt, params = make_optimizer(name), {"W": np.ones(2)}
+    opt.update({}, {})
+    resumed = make_optimizer(name)
+    resumed.load_state_dict(opt.state_dict())
+    opt.load_state_dict(opt.state_dict() | {"parameters": None})  # what is known stays known
+    for one in (opt, resumed, copy.deepcopy(opt), copy.copy(opt), pickle.loads(pickle.dumps(opt))):
+        with refused(one, params, error=ValueError, names="new: W"):
+            one.update(params, {"W": np.ones(2)})
+        one.update({}, {})
+        assert step_count(one) == 2
+    used = make_optimizer(name)
+    used.update(params, {"W": np.ones(2)})
+    with refused(used, error=ValueError, names="missing: W"):
+        used.update({}, {})
+    with refused(used, error=ValueError, names="W"):
+        used.load_state_dict(opt.state_dict())
+    with refused(opt, error=ValueError, names="W"):
+        opt.load_state_dict(used.state_dict())
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam"])
+def test_a_state_dict_of_no_step_fixes_nothing(name: str) -> None:
+    opt, params = make_optimizer(name), {"W": np.ones(2)}
+    saved = make_optimizer(name).state_dict()
+    opt.load_state_dict(saved)
+    opt.load_state_dict(saved | {"parameters": {}})
+    opt.update(params, {"W": np.ones(2)})
+    assert step_count(opt) == 1
+
+
+def test_a_state_dict_that_does_not_tell_of_the_parameters(engine: str) -> None:
+    """It may be of an older version. What is not known is not known in the next state dict either."""
+    opt, params = xo.SGD(), {"W": np.ones(2)}
+    opt.update(params, {"W": np.ones(2)})
+    saved = opt.state_dict()
+    del saved["parameters"]
+    for _ in range(2):
+        resumed = xo.SGD()
+        resumed.load_state_dict(saved)
+        saved = resumed.state_dict()
+    resumed.update(params, {"W": np.ones(2)})
+    assert step_count(resumed) == 2
+
+
+def test_an_empty_container_has_gradients_nested_alike(engine: str) -> None:
+    """Alone it does. Inside of another one it needs none."""
+    opt = xo.SGD(lr=1.0)
+    for params, grads in [({}, None), ({}, []), ([], None), ([], {}), ((), np.ones(0))]:
+        with refused(opt, error=TypeError, names="params grads nest"):
+            opt.update(params, grads)
+    with refused(opt, error=ValueError, names="length"):
+        opt.update([], [np.ones(1)])
+    layers: Any = [{}, [np.ones(2)], [], {"a": (), "b": 1.0}]
+    for grads in ([{}, [np.ones(2)], [], {"b": 0.5}], [None, [np.zeros(2)], None, {"a": None, "b": 0.5}]):
+        opt.update(layers, grads)
+    assert layers[1][0].tolist() == [0.0, 0.0]
+    assert layers[3]["b"] == 0.0
+
+
+def endless(kind: str) -> tuple[Any, Any, str]:
+    """A container that contains itself, gradients nested alike, and the words that name the place."""
+    if kind == "dict":
+        params: Any = {"W": np.ones(2), "net": {"b": np.ones(2)}}
+        params["net"]["model"] = params
+        return params, {"W": np.ones(2), "net": {"b": np.ones(2), "model": {}}}, "params['net.model'] is params again"
+    if kind == "dict with gradients":
+        params, grads, words = endless("dict")
+        grads["net"]["model"] = grads
+        return params, grads, words
+    if kind == "inner":
+        params = {"net": {"b": np.ones(2)}}
+        params["net"]["self"] = params["net"]
+        return params, {"net": {"b": np.ones(2), "self": None}}, "params['net.self'] is params['net'] again"
+    if kind == "list":
+        params = [np.ones(2), [1.0]]
+        params[1].append(params)
+        return params, [np.ones(2), [1.0, params]], "params['1.1'] is params again"
+    if kind == "tuple":
+        params = ([np.ones(2)],)
+        params[0].append(params)
+        return params, ([np.ones(2), None],), "params['0.1'] is params again"
+    params = {}
+    params["x"] = params
+    return params, params, "params['x'] is params again"
+
+
+@pytest.mark.parametrize("kind", ["dict", "dict with gradients", "inner", "list", "tuple", "nothing else"])
+def test_a_container_that_contains_itself_is_an_error(engine: str, kind: str) -> None:
+    opt = xo.Momentum()
+    params, grads, words = endless(kind)
+    for call in (
+        lambda: opt.update(params, grads),
+        lambda: opt.init(params),
+        lambda: opt.apply(params, grads, {"step": 0, "slots": {}}),
+        lambda: opt.explain(params, grads),
+        lambda: opt.explain(params),
+    ):
+        with refused(opt, error=ValueError) as info:
+            call()
+        assert words in str(info.value)
+
+
+def test_a_container_that_contains_itself_at_a_later_step(engine: str) -> None:
+    opt = xo.Momentum()
+    params: Any = {"net": {"net": np.ones(2)}, "b": [np.ones(2)]}
+    for _ in range(2):
+        opt.update(params, {"net": {"net": np.ones(2)}, "b": [np.ones(2)]})
+    array = params["net"]["net"]
+    params["net"]["net"] = params
+    with refused(opt, array, error=ValueError) as info:
+        opt.update(params, {"net": {"net": np.ones(2)}, "b": [np.ones(2)]})
+    assert "params['net.net'] is params again" in str(info.value)
+    params["net"]["net"] = array
+    grads: Any = {"b": [np.ones(2)]}
+    grads["net"] = grads
+    with refused(opt, params, error=TypeError, names="grads['net.net'] dict"):
+        opt.update(params, grads)
+
+
+def test_gradients_that_contain_themselves(engine: str) -> None:
+    """Beside the parameters nobody follows them; in the place of an array they are none."""
+    opt, params = xo.SGD(lr=1.0), {"W": np.ones(2)}
+    grads: Any = {"W": np.ones(2)}
+    grads["all"] = grads
+    for _ in range(2):
+        opt.update(params, grads)
+    assert params["W"].tolist() == [-1.0, -1.0]
+    grads["W"] = grads
+    with refused(opt, params, error=TypeError, names="grads['W'] dict"):
+        opt.update(params, grads)
+    rows: list[Any] = []
+    rows.append(rows)
+    with refused(opt, error=TypeError, names="grads['0'] list"):
+        xo.SGD().update([np.ones(2)], rows)
+
+
+def test_a_container_that_stands_in_two_places_is_no_circle(engine: str) -> None:
+    shared = (1.0, 2.0)
+    new, _ = xo.SGD(lr=1.0).apply([shared, {"a": shared}], [shared, {"a": (0.0, 0.0)}], {"step": 0, "slots": {}})
+    assert new == [(0.0, 0.0), {"a": (1.0, 2.0)}]
 
 
 def test_containers_nested_differently_are_an_error(engine: str) -> None:

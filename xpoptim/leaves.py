@@ -53,14 +53,10 @@ class Leaf:
 def pairs(params: Any, grads: Any) -> list[Leaf]:
     """Walk ``params`` with ``grads`` beside it; every leaf once, in the containers' order.
 
-    Raises ``ValueError`` for an empty container, a missing gradient, lists of unequal length, or two paths
-    with one key; ``TypeError`` where ``params`` and ``grads`` are nested differently.
+    Raises ``ValueError`` for a missing gradient, lists of unequal length, two paths with one key, or a container that
+    contains itself; ``TypeError`` where ``params`` and ``grads`` are nested differently.
     """
-    leaves = list(_walk(params, grads, (), None, None))
-    if not leaves:
-        raise ValueError(
-            f"params is empty ({params!r}): give a dict, list or tuple with at least one array, or an array"
-        )
+    leaves = list(_walk(params, grads, (), (), None))
     seen: set[str] = set()
     for leaf in leaves:
         if leaf.key in seen:
@@ -74,50 +70,53 @@ def pairs(params: Any, grads: Any) -> list[Leaf]:
 ABSENT = object()  # in place of `grads` where there are none, as in `init`
 
 
-def _walk(params: Any, grads: Any, path: tuple[str, ...], home: Any, index: Any) -> Iterator[Leaf]:
-    if isinstance(params, dict):
-        for key, value in params.items():
-            if isinstance(value, dict | list | tuple) and not value:
-                continue  # a layer without parameters needs no gradients
-            yield from _walk(value, _gradient_of(grads, key, params, path), (*path, str(key)), params, key)
-    elif isinstance(params, list | tuple):
-        _same_length(params, grads, path)
-        for i, value in enumerate(params):
-            gradient = grads if grads is ABSENT else grads[i]
-            yield from _walk(value, gradient, (*path, str(i)), params, i)
-    else:
-        yield Leaf(".".join(path) or _LONE, params, home, index, g=grads)
+def _walk(params: Any, grads: Any, path: tuple[str, ...], above: tuple[Any, ...], index: Any) -> Iterator[Leaf]:
+    """``above`` are the containers along the path, the outermost first."""
+    if not isinstance(params, dict | list | tuple):
+        yield Leaf(".".join(path) or _LONE, params, above[-1] if above else None, index, g=grads)
+        return
+    _refuse_circle(params, path, above)
+    _nested_alike(params, grads, path)
+    for key, value in params.items() if isinstance(params, dict) else enumerate(params):
+        if isinstance(value, dict | list | tuple) and not value:
+            continue  # a layer without parameters needs no gradients
+        inner = (*path, str(key))
+        yield from _walk(value, _gradient_of(grads, key, inner), inner, (*above, params), key)
 
 
-def _gradient_of(grads: Any, key: Any, params: Any, path: tuple[str, ...]) -> Any:
-    if grads is ABSENT:
-        return grads
-    if not isinstance(grads, dict):
-        raise TypeError(
-            f"{where('params', path)} is a dict but {where('grads', path)} is {_kind(grads)}: nest them alike"
-        )
-    if key not in grads:
-        known = ", ".join(map(str, grads)) or "none"
-        raise ValueError(
-            f"{where('grads', (*path, str(key)))} is missing (gradients there: {known}): "
-            "give every parameter a gradient, or None to leave it as it is"
-        )
-    return grads[key]
+def _refuse_circle(container: Any, path: tuple[str, ...], above: tuple[Any, ...]) -> None:
+    for depth, outer in enumerate(above):
+        if container is outer:
+            raise ValueError(
+                f"{where('params', path)} is {where('params', path[:depth])} again: a container that contains itself "
+                "has no end; leave that entry out"
+            )
 
 
-def _same_length(params: Any, grads: Any, path: tuple[str, ...]) -> None:
+def _nested_alike(params: Any, grads: Any, path: tuple[str, ...]) -> None:
     if grads is ABSENT:
         return
-    if not isinstance(grads, list | tuple):
+    if not isinstance(grads, dict if isinstance(params, dict) else list | tuple):
         raise TypeError(
-            f"{where('params', path)} is a {type(params).__name__} but {where('grads', path)} is {_kind(grads)}: "
-            "nest them alike"
+            f"{where('params', path)} is {_kind(params)} but {where('grads', path)} is {_kind(grads)}: nest them alike"
         )
-    if len(grads) != len(params):
+    if not isinstance(params, dict) and len(grads) != len(params):
         raise ValueError(
             f"{where('grads', path)} has {len(grads)} entries but {where('params', path)} has {len(params)}: "
             "they must have equal length (None stands for no gradient)"
         )
+
+
+def _gradient_of(grads: Any, key: Any, path: tuple[str, ...]) -> Any:
+    if grads is ABSENT:
+        return grads
+    if isinstance(grads, dict) and key not in grads:
+        known = ", ".join(map(str, grads)) or "none"
+        raise ValueError(
+            f"{where('grads', path)} is missing (gradients there: {known}): "
+            "give every parameter a gradient, or None to leave it as it is"
+        )
+    return grads[key]
 
 
 def where(tree: str, path: tuple[str, ...]) -> str:

@@ -27,6 +27,7 @@ from .state import (
     fresh_slots,
     loaded_signature,
     plain_state,
+    recorded_signature,
     slots_for,
 )
 from .step import Step, check, check_memory, copy_overlapping_gradients, engine_for, finite_norm
@@ -374,9 +375,11 @@ class Optimizer:
         ----------
         params : dict, list, tuple (nested as you like) or array
             Arrays are written to and never rebound, so that others who hold them see the new values. Python
-            floats, NumPy scalars and JAX arrays are replaced in their dict or list.
+            floats, NumPy scalars and JAX arrays are replaced in their dict or list. An empty container is fine: the
+            step is one over nothing, and counts.
         grads : the same
-            One gradient for each parameter; None leaves it and its slots as they are. Never modified or kept.
+            One gradient for each parameter; None leaves it and its slots as they are. Never modified or kept. An
+            empty container among the parameters needs none.
 
         Raises
         ------
@@ -575,7 +578,7 @@ class Optimizer:
         step = self.state["step"]
         name = type(self).__name__
         values = {n: hyperparameters.at(name, n, getattr(self, n), step) for n in (*self._fields, *self._options)}
-        parameters = {key: [list(shape), dtype] for key, (_, shape, dtype, _) in (self._known or {}).items()}
+        parameters = recorded_signature(self._known)
         return {"class": name, "hyperparameters": values, "parameters": parameters, **copied_state(self._state)}
 
     @exclusive
@@ -602,12 +605,12 @@ class Optimizer:
                 raise ValueError(f"{name}.load_state_dict takes what state_dict() returns, which has an entry 'class'")
             raise ValueError(f"this state dict is of {d['class']!r}, not of {name!r}: load it into that optimizer")
         state = copied_state(plain_state(type(self).__name__, self._slot_names(), d))
-        known = loaded_signature(name, d.get("parameters", {}))
+        known = loaded_signature(name, d)
         if self._state["slots"]:
             check_same(self._state["slots"], state["slots"])
-        if self._known and known:
+        if self._known is not None and known is not None:
             check_same_parameters(self._known, known)
-        object.__setattr__(self, "_known", self._known or known)
+        object.__setattr__(self, "_known", known if self._known is None else self._known)
         if self._captured is not None:  # a graph writes to the old slots: it must not be replayed, nor its memory freed
             self._kept.append(self._state)
             object.__setattr__(self, "_captured", None)

@@ -24,10 +24,18 @@ def signature(leaves: list[Leaf]) -> Signature:
     return {leaf.key: (leaf.space, tuple(leaf.p.shape), leaf.dtype, str(device_of(leaf.p))) for leaf in leaves}
 
 
-def loaded_signature(owner: str, parameters: Any) -> Signature | None:
-    """The signature that a state dict tells of: shapes and dtypes, but neither namespace nor device."""
+def recorded_signature(known: Signature | None) -> dict[str, list[Any]] | None:
+    """What a state dict tells of the parameters: shapes and dtypes, but neither namespace nor device."""
+    return None if known is None else {key: [list(shape), dtype] for key, (_, shape, dtype, _) in known.items()}
+
+
+def loaded_signature(owner: str, d: Mapping[str, Any]) -> Signature | None:
+    """The signature in a state dict; None if it has none, or an empty one of no step yet, which fixes nothing."""
+    parameters = d.get("parameters")
+    if parameters is None or (parameters == {} and d["step"] == 0):
+        return None
     try:
-        return {key: (None, tuple(shape), str(dtype), None) for key, (shape, dtype) in parameters.items()} or None
+        return {key: (None, tuple(shape), str(dtype), None) for key, (shape, dtype) in parameters.items()}
     except (AttributeError, TypeError, ValueError):
         raise ValueError(f"{owner}: 'parameters' in this state dict is not what state_dict records") from None
 

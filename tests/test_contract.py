@@ -1478,6 +1478,66 @@ def test_load_state_dict_refuses_another_optimizer() -> None:
         warmed("RMSprop")[0].load_state_dict(warmed("AdaGrad")[0].state_dict())
 
 
+class Adam(xo.Optimizer):
+    """Has the name and the slots of another optimizer."""
+
+    lr: float = 0.01
+    slots = ("m", "v")
+
+    @staticmethod
+    def rule(xp, p, g, m, v, *, lr):
+        return p - lr * g, m, v
+
+
+class Outer:
+    class Adam(xo.Adam):
+        """In a class, so that its qualified name has a dot."""
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_state_dicts_name_the_optimizer_by_its_public_name(name: str) -> None:
+    assert make_optimizer(name).state_dict()["class"] == f"xpoptim.{name}"
+
+
+def test_state_dicts_name_a_users_optimizer_by_module_and_qualified_name() -> None:
+    class Local(xo.SGD):
+        pass
+
+    here = test_state_dicts_name_a_users_optimizer_by_module_and_qualified_name.__name__
+    assert Adam().state_dict()["class"] == f"{__name__}.Adam"
+    assert Outer.Adam().state_dict()["class"] == f"{__name__}.Outer.Adam"
+    assert Local().state_dict()["class"] == f"{__name__}.{here}.<locals>.Local"
+    for opt in (Adam(), Outer.Adam(), Local()):
+        opt.load_state_dict(opt.state_dict())
+
+
+KINDS_OF_ADAM: list[type[xo.Optimizer]] = [xo.Adam, Adam, Outer.Adam]
+
+
+@pytest.mark.parametrize("given", KINDS_OF_ADAM)
+@pytest.mark.parametrize("kind", KINDS_OF_ADAM)
+def test_a_state_dict_of_another_class_of_the_same_name(kind: type[xo.Optimizer], given: type[xo.Optimizer]) -> None:
+    opt, other = kind(), given()
+    opt.update([np.ones(2)], [np.ones(2)])
+    other.update([np.ones(2)], [np.ones(2)])
+    saved = other.state_dict()
+    if kind is not given:
+        with refused(opt, error=ValueError, names=f"{saved['class']!r} {opt.state_dict()['class']!r}") as info:
+            opt.load_state_dict(saved)
+        assert "{'class': 'Adam'}" in str(info.value)
+    opt.load_state_dict(saved | {"class": "Adam"})  # as older versions wrote it, and for a class that has moved
+    assert step_count(opt) == 1
+    with refused(opt, error=ValueError, names="'SGD'"):
+        opt.load_state_dict(saved | {"class": "SGD"})
+
+
+@pytest.mark.parametrize("wrong", [None, 3, ["xpoptim.Adam"], "", "xpoptim.", "adam", "xpoptim.optimizers.adam.Adam"])
+def test_a_state_dict_whose_class_is_no_name(wrong: Any) -> None:
+    opt = warmed("Adam")[0]
+    with refused(opt, error=ValueError, names="xpoptim.Adam"):
+        opt.load_state_dict(opt.state_dict() | {"class": wrong})
+
+
 def spoilt(**changes: Any) -> dict[str, Any]:
     """A state dict of Adam with a thing wrong."""
     saved = warmed("Adam")[0].state_dict()

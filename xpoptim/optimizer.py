@@ -19,6 +19,7 @@ from .report import Report, Served
 from .state import (
     Signature,
     State,
+    check_class,
     check_same,
     check_same_parameters,
     check_signature,
@@ -27,6 +28,7 @@ from .state import (
     fresh_slots,
     loaded_signature,
     plain_state,
+    public_name,
     recorded_signature,
     slots_for,
 )
@@ -569,17 +571,23 @@ class Optimizer:
     def state_dict(self) -> dict[str, Any]:
         """A copy of the state as plain data, with the class and the hyperparameters it was made with.
 
-        A schedule is recorded by its value at the present step.
+        The class is recorded by its public name, a user's own by its module and qualified name, and a schedule by its
+        value at the present step.
 
         >>> import xpoptim as xo
-        >>> xo.SGD(lr=0.5).state_dict()["hyperparameters"]["lr"]
-        0.5
+        >>> saved = xo.SGD(lr=0.5).state_dict()
+        >>> saved["class"], saved["hyperparameters"]["lr"]
+        ('xpoptim.SGD', 0.5)
         """
         step = self.state["step"]
         name = type(self).__name__
         values = {n: hyperparameters.at(name, n, getattr(self, n), step) for n in (*self._fields, *self._options)}
-        parameters = recorded_signature(self._known)
-        return {"class": name, "hyperparameters": values, "parameters": parameters, **copied_state(self._state)}
+        return {
+            "class": public_name(type(self)),
+            "hyperparameters": values,
+            "parameters": recorded_signature(self._known),
+            **copied_state(self._state),
+        }
 
     @exclusive
     def load_state_dict(self, d: Mapping[str, Any]) -> None:
@@ -587,7 +595,8 @@ class Optimizer:
 
         Raises ``ValueError`` if it is of another class, or its keys, shapes or dtypes differ from the present
         state's; the optimizer is then left as it was. Before the first step, they are compared with the parameters
-        at the first step.
+        at the first step. A class named without its module, as
+        ``"SGD"``, matches by that name.
 
         >>> import numpy as np, xpoptim as xo
         >>> opt, params = xo.Momentum(), {"W": np.ones(2)}
@@ -600,10 +609,9 @@ class Optimizer:
         name = type(self).__name__
         if not isinstance(d, Mapping):
             raise TypeError(f"{name}.load_state_dict takes the dict that state_dict made, not {type(d).__name__}")
-        if d.get("class") != name:
-            if "class" not in d:
-                raise ValueError(f"{name}.load_state_dict takes what state_dict() returns, which has an entry 'class'")
-            raise ValueError(f"this state dict is of {d['class']!r}, not of {name!r}: load it into that optimizer")
+        if "class" not in d:
+            raise ValueError(f"{name}.load_state_dict takes what state_dict() returns, which has an entry 'class'")
+        check_class(type(self), d["class"])
         state = copied_state(plain_state(type(self).__name__, self._slot_names(), d))
         known = loaded_signature(name, d)
         if self._state["slots"]:

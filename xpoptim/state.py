@@ -56,6 +56,26 @@ def _listed(keys: Any) -> str:
     return ", ".join(sorted(map(str, keys))) or "none"
 
 
+def public_name(cls: type) -> str:
+    """How a state dict names a class: ``xpoptim.Adam``, or a user's by module and qualified name."""
+    package = __name__.partition(".")[0]
+    ours = cls.__module__.partition(".")[0] == package
+    return f"{package if ours else cls.__module__}.{cls.__qualname__}"
+
+
+def check_class(cls: type, given: Any) -> None:
+    """The class that a state dict names must be this one; a name without a module is compared with the class's own."""
+    if given in (public_name(cls), cls.__name__):
+        return
+    same = isinstance(given, str) and given.rpartition(".")[2] == cls.__name__
+    advice = (
+        f"if it is the same class, which has moved, load d | {{'class': {cls.__name__!r}}}"
+        if same
+        else "load it into that optimizer"
+    )
+    raise ValueError(f"this state dict is of {given!r}, not of {public_name(cls)!r}: {advice}")
+
+
 def checked_step(state: State) -> int:
     """The state's step count, which anyone can have written to."""
     step = state["step"]

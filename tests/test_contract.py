@@ -2478,7 +2478,7 @@ def test_a_parameter_that_is_a_slot(engine: str) -> None:
     assert (slot == before).all()
 
 
-@pytest.mark.parametrize("params", [{"W": None}, iter([1]), {1, 2}, object()])
+@pytest.mark.parametrize("params", [{"W": None}, object(), len])
 def test_what_is_no_container(params: Any) -> None:
     with pytest.raises(TypeError, match="nested in dicts, lists and tuples"):
         xo.SGD().update(params, {"W": np.ones(1)} if isinstance(params, dict) else np.ones(1))

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from . import habits
 from .fusion.dtypes import COMPLEX_DTYPES, REAL_DTYPES
 
 _LONE = "param"
@@ -98,7 +99,8 @@ def _nested_alike(params: Any, grads: Any, path: tuple[str, ...]) -> None:
         return
     if not isinstance(grads, dict if isinstance(params, dict) else list | tuple):
         raise TypeError(
-            f"{where('params', path)} is {_kind(params)} but {where('grads', path)} is {_kind(grads)}: nest them alike"
+            f"{where('params', path)} is {_kind(params)} but {where('grads', path)} is {_kind(grads)}: "
+            f"{habits.instead(grads) or 'nest them alike'}"
         )
     if not isinstance(params, dict) and len(grads) != len(params):
         raise ValueError(
@@ -255,11 +257,7 @@ def resolve_parameter(leaf: Leaf, *, writing: bool) -> None:
         return
     space = namespace_name(given)
     if space is None:
-        what = "None" if given is None else _kind(given)
-        raise TypeError(
-            f"{name} is {what}: a parameter is an array of an Array API namespace, a NumPy scalar or a float, "
-            "and parameters are nested in dicts, lists and tuples"
-        )
+        _not_a_parameter(leaf)
     masked = sys.modules.get("numpy.ma")  # NumPy loads it when it is first asked for: nobody has one before that
     if masked is not None and isinstance(given, masked.MaskedArray):
         raise TypeError(f"{name} is a masked array, whose mask an update would not heed: pass its .data")
@@ -280,6 +278,19 @@ def resolve_parameter(leaf: Leaf, *, writing: bool) -> None:
         )
         if writing and space == "numpy" and not leaf.p.flags.writeable:
             raise ValueError(f"{name} is read-only and cannot be updated in place: pass a writable copy, or use apply")
+
+
+def _not_a_parameter(leaf: Leaf) -> NoReturn:
+    if leaf.given is None and leaf.home is None:
+        raise TypeError(
+            "params is None: update writes into the arrays and returns None, "
+            "so write opt.update(params, grads) by itself and not params = opt.update(...)"
+        )
+    advice = habits.instead(leaf.given) or (
+        "a parameter is an array of an Array API namespace, a NumPy scalar or a float, "
+        "and parameters are nested in dicts, lists and tuples"
+    )
+    raise TypeError(f"{leaf.named('params')} is {'None' if leaf.given is None else _kind(leaf.given)}: {advice}")
 
 
 def _needs_home(leaf: Leaf, writing: bool) -> None:
@@ -308,7 +319,8 @@ def resolve_gradient(leaf: Leaf) -> None:
         g = _number_gradient(leaf, g, name)
     space = namespace_name(g)
     if space is None:
-        raise TypeError(f"{name} is {_kind(g)}: a gradient is an array like its parameter, or None")
+        advice = habits.instead(g) or "a gradient is an array like its parameter, or None"
+        raise TypeError(f"{name} is {_kind(g)}: {advice}")
     if space != leaf.space:
         raise TypeError(f"{name} is a {space} array but {of} is a {leaf.space} array: bring both to one namespace")
     leaf.g_dtype = dtype_name(g)

@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Self
 
-from . import hyperparameters, options
+from . import habits, hyperparameters, options
 from .engines.ready import Ready
 from .engines.selection import selected
 from .errors import TraceError
@@ -154,7 +154,7 @@ class Optimizer:
     @classmethod
     def _check_names(cls, fields: Mapping[str, Any]) -> None:
         """Names of hyperparameters and slots must not meet each other or ours."""
-        taken = {"xp", "p", "g", "t", "norm", *(n for n in dir(Optimizer) if n not in Optimizer._options)}
+        taken = {"xp", "p", "g", "t", "norm", *dir(Optimizer)} - {*Optimizer._options, *habits.METHODS}
         bad = sorted(name for name in fields if name in taken)
         slots = () if bad else cls._slot_names()
         bad += [s for s in slots if not s.isidentifier() or s in {"xp", "p", "g", "t", *fields, *cls._fields}]
@@ -234,6 +234,12 @@ class Optimizer:
             raise TypeError(
                 f"{cls.__name__} has no rule: use a subclass such as xpoptim.Adam, or define one with a rule"
             )
+        if args:
+            habits.refuse_parameters(cls.__name__, f"{cls._fields[0]}=..." if cls._fields else "", args[0])
+        known = self.__signature__.parameters
+        unknown = [f"{name!r}{habits.keyword(name, known)}" for name in kwargs if name not in known]
+        if unknown:
+            raise TypeError(f"{cls.__name__}{self.__signature__}: unexpected keyword argument {', '.join(unknown)}")
         try:
             bound = self.__signature__.bind(*args, **kwargs)
         except TypeError as error:
@@ -259,8 +265,11 @@ class Optimizer:
         if name not in cls._fields and name not in cls._options:
             if name == "state":
                 raise AttributeError(f"{cls.__name__}.state cannot be assigned: use load_state_dict")
-            known = ", ".join((*cls._fields, *cls._options))
-            raise AttributeError(f"{cls.__name__} has no hyperparameter {name!r}; it has {known}")
+            if name in habits.METHODS:
+                getattr(cls, name)  # raises
+            known = (*cls._fields, *cls._options)
+            hint = habits.keyword(name, known)
+            raise AttributeError(f"{cls.__name__} has no hyperparameter {name!r}{hint}; it has {', '.join(known)}")
         optional = name in cls._options and getattr(Optimizer, name) is None
         if name == "decoupled" and value and "lr" not in cls._fields:
             raise TypeError(f"{cls.__name__}: decoupled weight decay needs a hyperparameter named lr")
@@ -269,6 +278,9 @@ class Optimizer:
         object.__setattr__(self, "_version", object())
         object.__setattr__(self, name, value)
         object.__setattr__(self, "_version", object())
+
+    def __dir__(self) -> list[str]:
+        return [name for name in super().__dir__() if name not in habits.METHODS or hasattr(self, name)]
 
     def __delattr__(self, name: str) -> None:
         raise AttributeError(f"{type(self).__name__}.{name} cannot be deleted; assign another value")
@@ -595,8 +607,7 @@ class Optimizer:
 
         Raises ``ValueError`` if it is of another class, or its keys, shapes or dtypes differ from the present
         state's; the optimizer is then left as it was. Before the first step, they are compared with the parameters
-        at the first step. A class named without its module, as
-        ``"SGD"``, matches by that name.
+        at the first step. A class named without its module, as ``"SGD"``, matches by that name.
 
         >>> import numpy as np, xpoptim as xo
         >>> opt, params = xo.Momentum(), {"W": np.ones(2)}
@@ -682,6 +693,11 @@ class Optimizer:
             )
         passes = self._tracing().programs(dtype, grad_dtype or dtype).values()
         return Source("\n\n".join(writers[kind](program) for program in passes))
+
+
+# Outside of the class, so that type checkers go on to refuse these names.
+for _name in habits.METHODS:
+    setattr(Optimizer, _name, habits.Elsewhere(_name))
 
 
 def _counted(state: State, run: Callable[..., Any], *arguments: Any) -> Any:

@@ -1184,8 +1184,9 @@ def test_an_integer_beyond_the_floats_as_a_hyperparameter() -> None:
     ("option", "values"),
     [
         ("weight_decay", [(-0.1, ValueError), (math.nan, ValueError), (math.inf, ValueError), ("x", TypeError)]),
-        ("clip_value", [(-1.0, ValueError), (math.nan, ValueError), ("x", TypeError)]),
+        ("clip_value", [(-1.0, ValueError), (math.nan, ValueError), (math.inf, ValueError), ("x", TypeError)]),
         ("clip_norm", [(0.0, ValueError), (-1.0, ValueError), (math.nan, ValueError), ("x", TypeError)]),
+        ("clip_norm", [(-math.inf, ValueError), ([math.inf], TypeError), (10**400, ValueError)]),
         ("maximize", [("yes", TypeError), (0.5, (TypeError, ValueError))]),
         ("decoupled", [("yes", TypeError), (0.5, (TypeError, ValueError))]),
     ],

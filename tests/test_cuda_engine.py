@@ -605,9 +605,10 @@ def test_norm_has_the_bits_of_the_cpu(name: str, layout: str, gpu: GPU) -> None:
     )
 
 
-def test_a_step_with_a_norm_that_is_not_finite_is_skipped(gpu: GPU) -> None:
+@pytest.mark.parametrize("clip_norm", [0.5, np.inf])
+def test_a_step_with_a_norm_that_is_not_finite_is_skipped(clip_norm: float, gpu: GPU) -> None:
     params = trees({name: DTYPES[name] for name in ("float16", "float32")}, special=0)
-    opt, expected_opt, on_gpu = (*(make_optimizer("Adam", clip_norm=0.5) for _ in range(2)), moved(gpu, params))
+    opt, expected_opt, on_gpu = (*(make_optimizer("Adam", clip_norm=clip_norm) for _ in range(2)), moved(gpu, params))
     bad = [(2, np.nan), (3, np.inf), (5, -np.inf)]
     for step in range(7):
         grads = alike(params, seed=step, special=0)
@@ -635,6 +636,21 @@ def test_a_step_with_a_norm_that_is_not_finite_is_skipped(gpu: GPU) -> None:
     opt.update(on_gpu, given)
     expected_opt.update(params, grads)
     assert_same(gpu, opt, on_gpu, expected_opt, params)
+
+
+@pytest.mark.parametrize("options", [{}, {"capturable": True}], ids=["plain", "capturable"])
+def test_an_infinite_clip_norm_only_checks(options: dict[str, bool], gpu: GPU) -> None:
+    """The CPU's bits without the option, also where the norm is 0."""
+    params = trees({name: DTYPES[name] for name in ("bfloat16", "float32", "complex128")}, special=0)
+    opt, plain, on_gpu = make_optimizer("Adam", clip_norm=np.inf, **options), make_optimizer("Adam"), moved(gpu, params)
+    for step in range(4):
+        grads = alike(params, seed=step, special=0)
+        if step in (0, 2):
+            grads = {key: -np.zeros_like(g) for key, g in grads.items()}
+        opt.update(on_gpu, moved(gpu, grads))
+        plain.update(params, grads)
+    assert opt.skipped == 0
+    assert_same(gpu, opt, on_gpu, plain, params)
 
 
 def test_overflowing_norm_is_skipped(gpu: GPU) -> None:

@@ -224,13 +224,52 @@ def test_a_non_finite_norm_raises_and_names_the_first_bad_leaf(
         opt.update(params, good)
 
 
+@pytest.mark.parametrize("clip_norm", [math.inf, lambda step: math.inf], ids=["float", "schedule"])
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_infinite_clip_norm_only_checks(dtype: str, engine: str, clip_norm: Any) -> None:
+    """The scale is 1: the same bits as without, also where the norm is 0; what is not finite is refused."""
+    opt, plain = make_optimizer("Adam", clip_norm=clip_norm), make_optimizer("Adam")
+    start = random_values(np.random.default_rng(1), (5, 3), DTYPES[dtype])
+    params, expected = {"a": start.copy(), "b": start[0].copy()}, {"a": start.copy(), "b": start[0].copy()}
+    with xo.engine(engine):
+        for step in range(5):
+            g = random_values(np.random.default_rng(step), (5, 3), DTYPES[dtype])
+            if step in (0, 3):
+                g = -np.zeros_like(g)
+            for one, p in ((opt, params), (plain, expected)):
+                one.update(p, {"a": g, "b": g[1]})
+        assert_same_tree(params, expected)
+        assert_same_tree(opt.state, plain.state)
+        for bad in (math.nan, -math.inf):
+            with refused(opt, params, error=FloatingPointError, names="grads['b']"):
+                opt.update(params, {"a": g, "b": np.full(3, bad, DTYPES[dtype])})
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_clip_norm_that_becomes_finite(engine: str) -> None:
+    opt, params = xo.SGD(lr=1.0, clip_norm=lambda step: math.inf if step < 2 else 1.0), {"a": np.zeros(2)}
+    with xo.engine(engine):
+        for _ in range(3):
+            opt.update(params, {"a": np.array([3.0, 4.0])})
+    assert params["a"].tolist() == [-(3.0 + 3.0 + 0.6), -(4.0 + 4.0 + 0.8)]
+    opt.clip_norm = math.inf
+    assert opt.clip_norm == math.inf
+    assert opt.state_dict()["hyperparameters"]["clip_norm"] == math.inf
+    for bad in (-math.inf, lambda step: -math.inf, lambda step: math.nan):
+        with refused(opt, params, error=ValueError, names="clip_norm"):
+            opt.clip_norm = bad
+            opt.update(params, {"a": np.array([3.0, 4.0])})
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_finite_gradients_whose_squares_overflow(engine: str) -> None:
     """The norm is what must be finite: 1e200 squared is not."""
-    opt, params = xo.SGD(clip_norm=1.0), {"a": np.ones(2), "b": np.ones(2)}
     grads = {"a": np.ones(2), "b": np.array([1e200, 1.0])}
-    with xo.engine(engine), refused(opt, params, error=FloatingPointError, names="b"):
-        opt.update(params, grads)
+    for clip_norm in (1.0, math.inf):
+        opt, params = xo.SGD(clip_norm=clip_norm), {"a": np.ones(2), "b": np.ones(2)}
+        with xo.engine(engine), refused(opt, params, error=FloatingPointError, names="b"):
+            opt.update(params, grads)
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -10,6 +10,7 @@ import numpy as np
 NON_NEGATIVE = ("lr", "eps", "weight_decay")
 BELOW_ONE = ("momentum", "decay_rate")
 POSITIVE = ("clip_norm", "clip_value")
+MAY_BE_INFINITE = ("clip_norm",)  # which then only checks that the norm is finite
 
 
 def checked(owner: str, name: str, value: Any, *, static: bool = False, optional: bool = False) -> Any:
@@ -40,7 +41,7 @@ def as_float(owner: str, name: str, value: Any) -> float:
 
 
 def in_range(owner: str, name: str, value: float, place: str = "") -> float:
-    if not math.isfinite(value):
+    if not math.isfinite(value) and not (value == math.inf and name in MAY_BE_INFINITE):
         raise ValueError(f"{owner}: {name}{place} is {value}: it must be finite")
     if name in NON_NEGATIVE and value < 0:
         raise ValueError(f"{owner}: {name}{place} is {value}: it must be at least 0")

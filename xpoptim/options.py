@@ -17,7 +17,7 @@ def clip_value(xp: Any, g: Any, *, clip_value: Any) -> Any:
 
 
 def clip_norm(xp: Any, g: Any, *, clip_norm: Any, norm: Any) -> Any:
-    """All gradients by one factor, so that their global L2 norm is at most clip_norm."""
+    """All gradients by one factor, so that their global L2 norm is at most clip_norm. It is 1 for a norm of 0 too."""
     return xp.minimum(1.0, clip_norm / norm) * g
 
 

@@ -1,5 +1,7 @@
 """The reference on other Array API namespaces: array-api-strict, torch and JAX against NumPy."""
 
+import itertools
+from collections.abc import Callable
 from typing import Any
 
 import array_api_strict
@@ -355,3 +357,57 @@ def test_jax_bfloat16(jnp: Any) -> None:
     assert params["p"].dtype == jnp.bfloat16
     assert opt.state["slots"]["v"]["p"].dtype == jnp.float32
     np.testing.assert_allclose(np.asarray(params["p"].astype(jnp.float32)), 0.5, rtol=1e-2)
+
+
+# Complex gradients: whose convention is ours.
+
+TARGET = np.array([1 + 2j, -0.5 - 1j, 0.25j])
+START = np.array([0.5 - 1j, 1 + 1j, -1 - 0.5j])
+
+
+def complex_loss(z: Any, target: Any) -> Any:
+    """Not analytic, and unlike in its two parts."""
+    return (abs(z - target) ** 2 + 0.25 * z.real * z.imag).sum()
+
+
+def finite_differences(z: np.ndarray) -> np.ndarray:
+    """``dL/d(re) + 1j*dL/d(im)``, element by element."""
+    g = np.zeros_like(z)
+    for i, direction in itertools.product(range(len(z)), (1, 1j)):
+        h = np.zeros_like(z)
+        h[i] = 1e-6 * direction
+        g[i] += direction * (complex_loss(z + h, TARGET) - complex_loss(z - h, TARGET)) / 2e-6
+    return g
+
+
+def descent(z: Any, gradient: Callable[[Any], Any], steps: int = 60) -> np.ndarray:
+    params, opt = {"z": z}, xo.SGD(lr=0.1)
+    for _ in range(steps):
+        opt.update(params, {"z": gradient(params["z"])})
+    return np.asarray(params["z"])
+
+
+def test_torch_gives_our_complex_gradient(torch: Any) -> None:
+    def gradient(z: Any) -> Any:
+        leaf = z.detach().clone().requires_grad_()
+        complex_loss(leaf, torch.tensor(TARGET)).backward()
+        return leaf.grad
+
+    np.testing.assert_allclose(gradient(torch.tensor(START)).numpy(), finite_differences(START), rtol=1e-6)
+    reached = descent(torch.tensor(START), gradient)
+    np.testing.assert_allclose(reached, descent(START.copy(), finite_differences), rtol=1e-6)
+    assert abs(finite_differences(reached)).max() < 1e-3
+
+
+def test_jax_gives_the_conjugate_of_our_complex_gradient(jnp: Any) -> None:
+    import jax
+
+    target = jnp.asarray(TARGET, jnp.complex64)
+    gradient, start = jax.grad(lambda z: complex_loss(z, target)), jnp.asarray(START, jnp.complex64)
+    np.testing.assert_allclose(jnp.conj(gradient(start)), finite_differences(START), rtol=1e-5)
+    reached = descent(start, lambda z: jnp.conj(gradient(z)))
+    np.testing.assert_allclose(reached, descent(START.copy(), finite_differences), rtol=1e-4)
+    own = descent(START.copy(), lambda z: np.conj(gradient(jnp.asarray(z, jnp.complex64))))  # a NumPy parameter
+    np.testing.assert_allclose(own, reached, rtol=1e-4)
+    # As it comes it climbs in the imaginary parts.
+    assert abs(descent(start, gradient).imag).max() > 1000

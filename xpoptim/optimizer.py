@@ -56,9 +56,19 @@ class Optimizer:
     count of the step, if it names that; it returns the new parameter and the new slots. Fields annotated ``bool``
     are static: a rule may branch on them, and on nothing else (``xp.where`` chooses between values). A rule is traced
     once for each optimizer, in its first step, and again when a static field or an option that changes the program is
-    assigned: what it takes from outside, a helper, a global or a closure, is fixed then, on every engine. A complex
-    array goes through the rule as its real and its imaginary part, each on its own: its gradient is
-    ``dL/d(re) + 1j*dL/d(im)``.
+    assigned: what it takes from outside, a helper, a global or a closure, is fixed then, on every engine.
+
+    A complex array goes through the rule as its real and its imaginary part, each on its own. Its gradient is
+    ``dL/d(re) + 1j*dL/d(im)``, as torch gives it: pass that as it comes. JAX and HIPS autograd give the conjugate: pass
+    ``np.conj(g)`` (``jnp.conj(g)`` for a JAX array), or the imaginary parts climb. A finite difference tells which of
+    the two a gradient is:
+
+    >>> import numpy as np
+    >>> def loss(z): return (abs(z - 2j) ** 2).sum()
+    >>> z = np.array([3 + 1j, 1 + 4j])
+    >>> g = 2 * (z - 2j)
+    >>> bool(np.isclose((loss(z + 1e-6j) - loss(z - 1e-6j)) / 2e-6, g.imag.sum()))
+    True
 
     A class with ``fused = False`` has a rule of plain Array API code instead, which may do more than elementwise
     operations (``xp`` is then the arrays' namespace) and is run as it stands.

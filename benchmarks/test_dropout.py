@@ -13,7 +13,7 @@ import dropout
 import peers
 import pytest
 
-pytest.importorskip("pytest_benchmark", reason="pytest-benchmark not installed: pip install 'xpoptim[bench]'")
+pytest.importorskip("pytest_benchmark", reason="pytest-benchmark not installed: pip install '.[bench]'")
 
 pytestmark = pytest.mark.benchmark(disable_gc=True, min_rounds=1)
 

@@ -17,7 +17,7 @@ from xpoptim import demo
 from xpoptim.__main__ import main
 
 ABSENT = [distribution for module, distribution in demo.EXTRA.items() if find_spec(module) is None]
-needs_extra = pytest.mark.skipif(bool(ABSENT), reason=f"needs {', '.join(ABSENT)}: pip install 'xpoptim[demo]'")
+needs_extra = pytest.mark.skipif(bool(ABSENT), reason=f"needs {', '.join(ABSENT)}: pip install '.[demo]'")
 ROOT = Path(xo.__file__).parents[1]
 NAMES = ("SGD", "Momentum", "Nesterov", "AdaGrad", "RMSprop", "Adam", "AdamW")
 PICTURES = ("surface.png", "paths.png", "training.png", "dropout.png")
@@ -98,7 +98,7 @@ def test_the_version(capsys):
 
 def test_a_missing_extra_is_refused_in_one_line(command):
     stubs = {name: f"raise ImportError('no\\n{name}')" for name in demo.EXTRA}
-    refused(command("demo", stubs=stubs), "rich", "matplotlib", "scikit-learn", "pip install 'xpoptim[demo]'")
+    refused(command("demo", stubs=stubs), "rich", "matplotlib", "scikit-learn", "pip install '.[demo]'")
 
 
 @needs_extra
@@ -253,7 +253,7 @@ def test_info_works_where_everything_is_missing_or_broken(command):
     for pattern in (
         r"- llvmlite +cannot be imported \(libLLVM.so: cannot open\); pip install",
         r"- fused, CPU +cannot be imported \(libLLVM.so",
-        r"- CuPy +cannot be imported \(not here\); pip install 'xpoptim\[cuda12\]'",
+        r"- CuPy +cannot be imported \(not here\); pip install '\.\[cuda13\]'",
         r"- CUDA +cannot be imported",
         r"- threads +XPOPTIM_NUM_THREADS is 'none'",
         r"- engine +XPOPTIM_ENGINE is 'warp'",
@@ -269,7 +269,7 @@ def test_info_says_why_there_is_no_cuda_device(command):
 
 
 def test_info_in_colour_says_the_same(capsys):
-    pytest.importorskip("rich", reason="needs rich: pip install 'xpoptim[demo]'")
+    pytest.importorskip("rich", reason="needs rich: pip install '.[demo]'")
     from xpoptim.demo import info
 
     sections = info.gather()

@@ -11,9 +11,7 @@ import xpoptim as xo
 from xpoptim.demo import DemoError, missing_extra, surface, training
 from xpoptim.demo.network import Network
 
-needs_sklearn = pytest.mark.skipif(
-    find_spec("sklearn") is None, reason="needs scikit-learn: pip install 'xpoptim[demo]'"
-)
+needs_sklearn = pytest.mark.skipif(find_spec("sklearn") is None, reason="needs scikit-learn: pip install '.[demo]'")
 NUMPY = training.open_backend("numpy")
 
 

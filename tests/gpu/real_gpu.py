@@ -19,7 +19,7 @@ from xpoptim.engines import cuda, driver, nvrtc
 def why_not() -> str:
     """What keeps these tests from running here, or an empty string."""
     if find_spec("cupy") is None:
-        return "needs a GPU, and CuPy (pip install 'xpoptim[cuda13]')"
+        return "needs a GPU, and CuPy (pip install '.[cuda13]')"
     import cupy  # after ml_dtypes, which `cuda_host.steps` has imported: so it knows bfloat16
 
     if not cupy.cuda.is_available():

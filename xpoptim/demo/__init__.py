@@ -69,7 +69,10 @@ def run(backend: str, seed: int, out: Path, steps: int) -> None:
     missing = missing_extra()
     if missing:
         reasons = ", ".join(f"{name} ({reason})" for name, reason in missing.items())
-        raise DemoError(f"cannot import {reasons}: install what the demo needs with  pip install 'xpoptim[demo]'")
+        raise DemoError(
+            f"cannot import {reasons}: install what the demo needs with  pip install '.[demo]'  "
+            "in xpoptim's source folder"
+        )
     check_environment()
     # Only now may the modules that import those packages be loaded.
     show = import_module("xpoptim.demo.show")

@@ -19,7 +19,7 @@ import numpy as np
 import xpoptim as xo
 from xpoptim.demo import one_line
 
-CUPY = "pip install 'xpoptim[cuda12]' or 'xpoptim[cuda13]', for the CUDA version of your driver"
+CUPY = "pip install '.[cuda13]' or '.[cuda12]' in xpoptim's source folder, for the CUDA version of your driver"
 
 
 class Row(NamedTuple):
@@ -80,7 +80,7 @@ def versions() -> list[Row]:
         installed("torch", "torch", "optional, for its tensors"),
         installed("JAX", "jax", "optional, for its arrays"),
         *(
-            installed(name, module, "optional, for the demo: pip install 'xpoptim[demo]'")
+            installed(name, module, "optional, for the demo: pip install '.[demo]' in xpoptim's source folder")
             for name, module in (("rich", "rich"), ("matplotlib", "matplotlib"), ("scikit-learn", "sklearn"))
         ),
     ]

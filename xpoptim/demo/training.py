@@ -46,8 +46,8 @@ def open_backend(name: str) -> Backend:
         import cupy
     except Exception as error:  # CuPy's import raises more than ImportError when its libraries do not fit
         raise DemoError(
-            f"--backend cupy needs CuPy ({one_line(error)}): install with  pip install 'xpoptim[cuda12]'  "
-            "(or cuda13), or take --backend numpy"
+            f"--backend cupy needs CuPy ({one_line(error)}): install with  pip install '.[cuda13]'  "
+            "(or cuda12) in xpoptim's source folder, or take --backend numpy"
         ) from error
     try:
         devices = cupy.cuda.runtime.getDeviceCount()

@@ -17,11 +17,12 @@ from __future__ import annotations
 import math
 import operator
 import os
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+
+from .atomic import Atomic
 
 __all__ = ["seed", "words"]
 
@@ -235,9 +236,24 @@ def _has_wrapping_products(xp: Any) -> bool:
 
 MAX_LAYERS = 2**31
 
-_lock = threading.Lock()
-_global_seed: int | None = None
-_next_layer = 0
+
+class _Numbering(NamedTuple):
+    """How layers without a seed of their own are numbered, and the number that the latest of them got."""
+
+    seed: int | None = None
+    next_layer: int = 0
+    latest: int = 0
+
+    def claimed(self, layer: int) -> _Numbering:
+        if self.seed is None:
+            return self._replace(latest=layer)
+        number = layer or self.next_layer
+        if number >= MAX_LAYERS:
+            raise ValueError(f"no layer number below {MAX_LAYERS} is free: call xpoptim.random.seed(s) to start again")
+        return self._replace(next_layer=max(self.next_layer, number + 1), latest=number)
+
+
+_numbering = Atomic(_Numbering())
 
 
 def seed(s: int | None) -> None:
@@ -260,10 +276,8 @@ def seed(s: int | None) -> None:
     (Dropout(0.2, seed=7, layer=0), Dropout(0.5, seed=7, layer=1))
     >>> xo.random.seed(None)
     """
-    global _global_seed, _next_layer
-    checked = None if s is None else checked_int("s", s, 2**64)
-    with _lock:
-        _global_seed, _next_layer = checked, 0
+    fresh = _Numbering(None if s is None else checked_int("s", s, 2**64))
+    _numbering.change(lambda _: fresh)
 
 
 def claim_layer(layer: int = 0) -> tuple[int, int]:
@@ -272,15 +286,8 @@ def claim_layer(layer: int = 0) -> tuple[int, int]:
     Under a global seed, 0 gets the next free number. Another number is taken as it is, and the numbers handed out
     afterwards lie above it. Without a global seed: a fresh seed, and the layer as given.
     """
-    global _next_layer
-    with _lock:
-        if _global_seed is None:
-            return int.from_bytes(os.urandom(8)), layer
-        number = layer or _next_layer
-        if number >= MAX_LAYERS:
-            raise ValueError(f"no layer number below {MAX_LAYERS} is free: call xpoptim.random.seed(s) to start again")
-        _next_layer = max(_next_layer, number + 1)
-        return _global_seed, number
+    claim = _numbering.change(lambda numbering: numbering.claimed(layer))
+    return int.from_bytes(os.urandom(8)) if claim.seed is None else claim.seed, claim.latest
 
 
 def checked_int(name: str, value: Any, stop: int) -> int:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import importlib
 import numbers
+import threading
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -21,11 +22,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import random
+from .atomic import Atomic
 from .engines.blocks import Kernel
 from .fusion.dtypes import PART, compute_dtype
 from .fusion.program import Buffer
 from .fusion.trace import trace_blocks
-from .masking import Operand, fused, on_device, operand, reference, wants_kernel
+from .masking import Operand, fused, on_device, operand, reference
 
 __all__ = ["Dropout", "dropout"]
 
@@ -108,7 +110,7 @@ def _train(leaf: Operand, settings: _Settings, seed: int, stream: int) -> Any:
     limit, scale = random.threshold(settings.ratio), settings.train_scale()
     shared = _normalised(settings.axes, leaf.x.shape)
     with on_device(leaf.xp, leaf.device):
-        if not shared and 0 < limit < 2**32 and wants_kernel(leaf):
+        if not shared and 0 < limit < 2**32 and leaf.by_kernel:
             keys = [half for pair in random.round_keys(seed) for half in pair]
             words = [limit, stream & random.MASK32, stream >> 32, *keys]
             return fused(leaf, kernel(leaf.dtype), scale, words)
@@ -123,7 +125,7 @@ def _test(leaf: Operand, settings: _Settings) -> Any:
 
 def _masked(leaf: Operand, keep: Any, scale: float) -> Any:
     """The definition with a mask that is there already, or with none."""
-    if not wants_kernel(leaf):
+    if not leaf.by_kernel:
         return reference(leaf, keep, scale, _dropped)
     y = fused(leaf, scaling_kernel(leaf.dtype), scale, [])
     if keep is not None:
@@ -217,8 +219,8 @@ class Dropout:
     Attributes
     ----------
     call : int
-        The number of training forwards so far, which is the number of the latest: the first is call 1. A
-        forward of ratio 0 counts; a test forward does not.
+        The number of the latest training forward; 0 before the first, which is call 1. A forward of ratio 0
+        counts; a test forward does not.
     mask : array of bool
         The mask of the latest training forward, True = kept, drawn anew on each access, in the namespace of
         that forward's x.
@@ -228,6 +230,12 @@ class Dropout:
     Each array may be of any Array API namespace and layout, of float16, bfloat16, float32, float64,
     complex64 or complex128, or a Python or NumPy scalar. A complex element is kept or dropped as a whole.
     Between forward and backward the layer holds a few numbers, never an array.
+
+    Several threads may use one layer. Each training forward takes the next number, with the settings of that
+    moment, once its arguments have been checked; no two share a mask, whichever ends first. ``call``, ``mask`` and
+    ``backward`` without ``call`` mean the forward that returned last in the calling thread; in a thread where none
+    has (since the layer was made, copied or loaded), the highest number of all. Another thread's forward is asked
+    for by its number. A forward that raises after the checks, as by an interrupt, has used up its number.
 
     For NumPy and CuPy arrays one kernel draws the mask and applies it in a single pass (``broadcast_axes`` takes
     a second one), without a temporary if ``out`` and the array lie in C order; the bits are those of the plain
@@ -261,7 +269,7 @@ class Dropout:
         layer: int = 0,
         broadcast_axes: int | tuple[int, ...] = (),
     ) -> None:
-        self._settings = _Settings(
+        settings = _Settings(
             _checked_ratio("dropout_ratio", dropout_ratio),
             _checked_bool("inverted", inverted),
             _checked_axes("broadcast_axes", broadcast_axes),
@@ -269,13 +277,9 @@ class Dropout:
         layer = random.checked_int("layer", layer, random.MAX_LAYERS)
         if seed is not None:
             seed = random.checked_int("seed", seed, 2**64)
-            self._seed, self._layer = seed, layer
         else:
-            self._seed, self._layer = random.claim_layer(layer)
-        self._call = 0
-        self._latest: _Latest | None = None
-        self._namespace = "numpy"
-        self._device: Any = None
+            seed, layer = random.claim_layer(layer)
+        self._state = Atomic(_State(settings, seed, layer, threading.local()))
 
     def forward(self, x: Any, train_flg: bool = True, out: Any = None) -> Any:
         """Dropout of ``x``; in training with the next call's mask.
@@ -299,13 +303,13 @@ class Dropout:
         train = _checked_bool("train_flg", train_flg)
         leaf = operand("x", x, out)
         if not train:
-            return leaf.result(_test(leaf, self._settings))
-        call = self._call + 1
-        y = _train(leaf, self._settings, self._seed, self._stream(call))
-        self._latest = _Latest.after(self._latest, call, leaf.x.shape, self._settings)
-        self._call = call
-        self._namespace, self._device = leaf.xp.__name__, leaf.device
-        return leaf.result(y)
+            return leaf.result(_test(leaf, self._state.get().settings))
+        shape, namespace, device = tuple(leaf.x.shape), leaf.xp.__name__, leaf.device
+        state = self._state.change(lambda state: state.counted(shape, namespace, device))
+        forward = state.known("forward").forward
+        y = leaf.result(_train(leaf, forward.settings, state.seed, state.stream(forward.call)))
+        state.threads.forward = forward
+        return y
 
     def backward(self, dout: Any, call: int | None = None, out: Any = None) -> Any:
         """The gradient of a training forward: ``where(keep, dout * scale, +0)`` with that forward's mask.
@@ -315,7 +319,8 @@ class Dropout:
         dout : array or scalar
             Of the shape of that forward's x.
         call : int, optional
-            Which forward: its ``drop.call``. The latest when left out.
+            Which forward: its ``drop.call``. The calling thread's latest when left out, or, if it has made none,
+            the latest of all.
         out : array, optional
             As for :meth:`forward`.
 
@@ -325,42 +330,47 @@ class Dropout:
             Before the first training forward.
         ValueError
             If ``dout`` has not the shape that x had. The shape of an earlier call is known if no forward
-            since had another; otherwise that of ``dout`` is trusted. If ratio, ``inverted`` or
-            ``broadcast_axes`` were changed after ``call``.
+            since, in any thread, had another; otherwise that of ``dout`` is trusted. If ratio, ``inverted`` or
+            ``broadcast_axes`` were changed after ``call``, unless it is the calling thread's latest.
         """
-        latest = self._known_latest("backward")
-        call = self._call if call is None else random.checked_int("call", call, 2**32)
-        if not 1 <= call <= self._call:
-            raise ValueError(f"call must be from 1 to {self._call} (the latest training forward), not {call}")
+        state = self._state.get()
         leaf = operand("dout", dout, out)
-        latest.check(call, leaf.x.shape)
-        return leaf.result(_train(leaf, latest.settings, self._seed, self._stream(call)))
+        shape = tuple(leaf.x.shape)
+        forward = state.own("backward") if call is None else state.numbered(call, shape)
+        forward.check(shape)
+        return leaf.result(_train(leaf, forward.settings, state.seed, state.stream(forward.call)))
 
     @property
     def mask(self) -> Any:
         """The mask of the latest training forward, True = kept, drawn anew on each access."""
-        latest = self._known_latest("mask")
-        xp = importlib.import_module(self._namespace)
-        with on_device(xp, self._device):
-            keep = _keep(xp, self._device, latest.shape, latest.settings, self._seed, self._stream(self._call))
-            return xp.asarray(xp.broadcast_to(keep, latest.shape), copy=True) if latest.settings.axes else keep
+        state = self._state.get()
+        forward = state.own("mask")
+        shape, settings, xp = forward.shape, forward.settings, importlib.import_module(forward.namespace)
+        with on_device(xp, forward.device):
+            keep = _keep(xp, forward.device, shape, settings, state.seed, state.stream(forward.call))
+            return xp.asarray(xp.broadcast_to(keep, shape), copy=True) if settings.axes else keep
 
     def state_dict(self) -> dict[str, Any]:
-        """The layer as plain data (numbers, strings, lists), enough to go on with its sequence of masks."""
+        """The layer as plain data (numbers, strings, lists), enough to go on with its sequence of masks.
+
+        Its latest forward is the latest of all threads.
+        """
+        state = self._state.get()
         return {
             "class": type(self).__name__,
-            **_settings_dict(self._settings),
-            "seed": self._seed,
-            "layer": self._layer,
-            "call": self._call,
-            "latest": None if self._latest is None else self._latest.as_dict(),
+            **_settings_dict(state.settings),
+            "seed": state.seed,
+            "layer": state.layer,
+            "call": state.call,
+            "latest": None if state.latest is None else state.latest.as_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where :meth:`state_dict` was taken: the next forward draws the mask it would have drawn.
 
         Seed, layer and call are restored, and also ratio, ``inverted`` and ``broadcast_axes``, since the masks
-        depend on them. What does not fit raises TypeError or ValueError and changes nothing.
+        depend on them. The forwards that threads have made are forgotten. What does not fit raises TypeError or
+        ValueError and changes nothing.
         """
         name = type(self).__name__
         state = _checked_keys("state", state, self.state_dict())
@@ -371,45 +381,50 @@ class Dropout:
         layer = random.checked_int("state['layer']", state["layer"], random.MAX_LAYERS)
         call = random.checked_int("state['call']", state["call"], 2**32)
         latest = None if state["latest"] is None else _Latest.from_dict("state['latest']", state["latest"], call)
-        self._settings, self._seed, self._layer = settings, seed, layer
-        self._call, self._latest = call, latest
+        loaded = _State(settings, seed, layer, threading.local(), call, latest)
+        self._state.change(lambda _: loaded)
 
     @property
     def dropout_ratio(self) -> float:
-        return self._settings.ratio
+        return self._state.get().settings.ratio
 
     @dropout_ratio.setter
     def dropout_ratio(self, value: float) -> None:
-        self._settings = self._settings._replace(ratio=_checked_ratio("dropout_ratio", value))
+        self._set(ratio=_checked_ratio("dropout_ratio", value))
 
     @property
     def inverted(self) -> bool:
-        return self._settings.inverted
+        return self._state.get().settings.inverted
 
     @inverted.setter
     def inverted(self, value: bool) -> None:
-        self._settings = self._settings._replace(inverted=_checked_bool("inverted", value))
+        self._set(inverted=_checked_bool("inverted", value))
 
     @property
     def broadcast_axes(self) -> tuple[int, ...]:
-        return self._settings.axes
+        return self._state.get().settings.axes
 
     @broadcast_axes.setter
     def broadcast_axes(self, value: int | tuple[int, ...]) -> None:
-        self._settings = self._settings._replace(axes=_checked_axes("broadcast_axes", value))
+        self._set(axes=_checked_axes("broadcast_axes", value))
 
     @property
     def seed(self) -> int:
-        return self._seed
+        return self._state.get().seed
 
     @property
     def layer(self) -> int:
-        return self._layer
+        return self._state.get().layer
 
     @property
     def call(self) -> int:
         """The number of the latest training forward; 0 before the first."""
-        return self._call
+        state = self._state.get()
+        forward = state.of_this_thread()
+        return state.call if forward is None else forward.call
+
+    def _set(self, **settings: Any) -> None:
+        self._state.change(lambda state: state._replace(settings=state.settings._replace(**settings)))
 
     def __setattr__(self, name: str, value: Any) -> None:
         settable = ("dropout_ratio", "inverted", "broadcast_axes")
@@ -418,72 +433,79 @@ class Dropout:
         super().__setattr__(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
-        # A device need not pickle, nor exist where the copy is read: its mask goes to the default device.
-        return {**self.__dict__, "_device": None}
+        return {**self.__dict__, "_state": self._state.get().portable()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _state=Atomic(_State(**state["_state"], threads=threading.local())))
 
     def __repr__(self) -> str:
-        inverted = ", inverted=True" if self.inverted else ""
-        axes = f", broadcast_axes={self.broadcast_axes}" if self.broadcast_axes else ""
-        name = type(self).__name__
-        return f"{name}({self.dropout_ratio}{inverted}, seed={self._seed}, layer={self._layer}{axes})"
-
-    def _stream(self, call: int) -> int:
-        if call >= 2**32:
-            raise OverflowError(
-                "this layer has drawn its 2**32 - 1 masks: go on with a layer of another seed or number"
-            )
-        return self._layer << 32 | call
-
-    def _known_latest(self, what: str) -> _Latest:
-        if self._latest is None:
-            raise RuntimeError(f"{what} before a training forward: call forward(x) with train_flg=True first")
-        return self._latest
+        settings, seed, layer, *_ = self._state.get()
+        inverted = ", inverted=True" if settings.inverted else ""
+        axes = f", broadcast_axes={settings.axes}" if settings.axes else ""
+        return f"{type(self).__name__}({settings.ratio}{inverted}, seed={seed}, layer={layer}{axes})"
 
 
 # --- What is kept from forward to backward --------------------------------------------------------------
 
 
-class _Latest(NamedTuple):
-    """The latest training forward, and since which call its shape and its settings have been the same.
+class _Forward(NamedTuple):
+    """A training forward: a few numbers, never an array."""
 
-    This is all that a layer remembers; it does not grow with the number of forwards.
+    call: int
+    shape: tuple[int, ...]
+    settings: _Settings
+    namespace: str = "numpy"
+    device: Any = None
+
+    def check(self, shape: tuple[int, ...]) -> None:
+        if shape != self.shape:
+            raise ValueError(f"dout has shape {shape} but x had shape {self.shape} in the forward of call {self.call}")
+
+
+class _Latest(NamedTuple):
+    """The training forward of the highest number, and since which call its shape and its settings have been the same.
+
+    This is all that a layer remembers, beside the latest forward of each thread; it does not grow with the number of
+    forwards. It follows the numbers: it is written as they are taken, not as the forwards end.
     """
 
-    shape: tuple[int, ...]
+    forward: _Forward
     shape_since: int
-    settings: _Settings
     settings_since: int
 
     @classmethod
-    def after(cls, previous: _Latest | None, call: int, shape: tuple[int, ...], settings: _Settings) -> _Latest:
-        shape = tuple(shape)
-        shape_since = previous.shape_since if previous is not None and previous.shape == shape else call
-        settings_since = previous.settings_since if previous is not None and previous.settings == settings else call
-        return cls(shape, shape_since, settings, settings_since)
+    def after(cls, previous: _Latest | None, forward: _Forward) -> _Latest:
+        if previous is None:
+            return cls(forward, forward.call, forward.call)
+        same_shape = previous.forward.shape == forward.shape
+        same_settings = previous.forward.settings == forward.settings
+        return cls(
+            forward,
+            previous.shape_since if same_shape else forward.call,
+            previous.settings_since if same_settings else forward.call,
+        )
 
-    def check(self, call: int, shape: tuple[int, ...]) -> None:
+    def earlier(self, call: int, shape: tuple[int, ...]) -> _Forward:
+        """An earlier forward, of its own shape if that is known, else of the one given."""
         if call < self.settings_since:
             raise ValueError(
                 f"dropout_ratio, inverted or broadcast_axes were changed between call {call} and call "
                 f"{self.settings_since}, and the old values are not kept: run backward(dout, call={call}) "
                 "before the forward that follows such a change"
             )
-        if call >= self.shape_since and tuple(shape) != self.shape:
-            raise ValueError(
-                f"dout has shape {tuple(shape)} but x had shape {self.shape} in the forward of call {call}"
-            )
+        return self.forward._replace(call=call, shape=self.forward.shape if call >= self.shape_since else shape)
 
     def as_dict(self) -> dict[str, Any]:
         return {
-            "shape": list(self.shape),
+            "shape": list(self.forward.shape),
             "shape_since": self.shape_since,
-            **_settings_dict(self.settings),
+            **_settings_dict(self.forward.settings),
             "settings_since": self.settings_since,
         }
 
     @classmethod
     def from_dict(cls, name: str, state: Any, call: int) -> _Latest:
-        pattern = cls((), 0, _Settings(0.0, False, ()), 0).as_dict()
+        pattern = cls(_Forward(0, (), _Settings(0.0, False, ())), 0, 0).as_dict()
         state = _checked_keys(name, state, pattern)
         if not isinstance(state["shape"], (list, tuple)):
             raise TypeError(f"{name}['shape'] must be a list of integers, not {state['shape']!r}")
@@ -495,7 +517,61 @@ class _Latest(NamedTuple):
                 raise ValueError(f"{name}[{key!r}] must be a call from 1 to {call}, not {since[key]}")
         settings = _settings_from(name, state)
         _normalised(settings.axes, shape)
-        return cls(shape, since["shape_since"], settings, since["settings_since"])
+        return cls(_Forward(call, shape, settings), since["shape_since"], since["settings_since"])
+
+
+class _State(NamedTuple):
+    """All that a layer is at one moment. It is exchanged as a whole, so that no thread sees half of a change."""
+
+    settings: _Settings
+    seed: int
+    layer: int
+    threads: threading.local  # its `forward` is the one that returned last in the thread that asks
+    call: int = 0
+    latest: _Latest | None = None
+
+    def counted(self, shape: tuple[int, ...], namespace: str, device: Any) -> _State:
+        """The state after one more training forward has taken its number."""
+        _normalised(self.settings.axes, shape)
+        if self.call + 1 >= 2**32:
+            raise OverflowError(
+                "this layer has drawn its 2**32 - 1 masks: go on with a layer of another seed or number"
+            )
+        forward = _Forward(self.call + 1, shape, self.settings, namespace, device)
+        return self._replace(call=forward.call, latest=_Latest.after(self.latest, forward))
+
+    def stream(self, call: int) -> int:
+        return self.layer << 32 | call
+
+    def known(self, what: str) -> _Latest:
+        if self.latest is None:
+            raise RuntimeError(f"{what} before a training forward: call forward(x) with train_flg=True first")
+        return self.latest
+
+    def of_this_thread(self) -> _Forward | None:
+        return getattr(self.threads, "forward", None)
+
+    def own(self, what: str) -> _Forward:
+        """The forward that the calling thread means if it gives no number."""
+        return self.of_this_thread() or self.known(what).forward
+
+    def numbered(self, call: Any, shape: tuple[int, ...]) -> _Forward:
+        latest, own = self.known("backward"), self.of_this_thread()
+        number = random.checked_int("call", call, 2**32)
+        if not 1 <= number <= self.call:
+            raise ValueError(f"call must be from 1 to {self.call} (the latest training forward), not {number}")
+        return own if own is not None and number == own.call else latest.earlier(number, shape)
+
+    def portable(self) -> dict[str, Any]:
+        """The state for a copy, which may be read in another process.
+
+        A device need not pickle, nor exist there: the copy's mask goes to the default device. What threads have made
+        stays behind.
+        """
+        latest = self.latest and self.latest._replace(forward=self.latest.forward._replace(device=None))
+        fields = self._replace(latest=latest)._asdict()
+        del fields["threads"]
+        return fields
 
 
 def _settings_dict(settings: _Settings) -> dict[str, Any]:

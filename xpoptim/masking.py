@@ -29,13 +29,13 @@ Definition = Callable[[Any, Any, Any, Any, Any], Any]
 class Operand(NamedTuple):
     """One array to work on, checked, and where its result goes."""
 
-    name: str
     xp: Any
     x: Any
     out: Any  # None: a new array
     device: Any
     dtype: str
     is_scalar: bool
+    by_kernel: bool  # else by the reference
 
     def result(self, y: Any) -> Any:
         return y[()] if self.is_scalar and self.out is None else y
@@ -58,7 +58,8 @@ def operand(name: str, x: Any, out: Any) -> Operand:
         _check_out(name, x, out, space)
     # JAX chooses the device of what it is given itself, and under jit a device has no meaning.
     device = None if space == "jax" else device_of(x)
-    return Operand(name, namespace(x), x, out, device, dtype, is_scalar)
+    by_kernel = _wants_kernel(name, x, dtype)
+    return Operand(namespace(x), x, out, device, dtype, is_scalar, by_kernel)
 
 
 def _check_out(name: str, x: Any, out: Any, space: str) -> None:
@@ -151,23 +152,23 @@ def _pieces(shape: tuple[int, ...], most: int) -> Iterator[tuple[Any, ...]]:
 # --- The kernels ----------------------------------------------------------------------------------------
 
 
-def wants_kernel(leaf: Operand) -> bool:
+def _wants_kernel(name: str, x: Any, dtype: str) -> bool:
     """Whether the engine in force means a kernel for this array."""
     engine = selected()
     if engine == "reference":
         return False
-    reason = _obstacle(leaf)
+    reason = _obstacle(x, dtype)
     if engine == "fused" and reason:
-        raise ValueError(f'{leaf.name} cannot take the fused path: {reason} (xo.engine("auto") allows it)')
+        raise ValueError(f'{name} cannot take the fused path: {reason} (xo.engine("auto") allows it)')
     return not reason
 
 
-def _obstacle(leaf: Operand) -> str:
+def _obstacle(x: Any, dtype: str) -> str:
     """Why no kernel can serve an array, or an empty string."""
-    space = namespace_name(leaf.x)
+    space = namespace_name(x)
     if space not in ("numpy", "cupy"):
         return f"there is no fused engine for {space} arrays"
-    return blocks.obstacle(leaf.x, leaf.dtype)
+    return blocks.obstacle(x, dtype)
 
 
 def fused(leaf: Operand, kernel: blocks.Kernel, scale: float, words: list[int]) -> Any:

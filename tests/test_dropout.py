@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import inspect
 import json
 import math
 import pickle
@@ -593,6 +594,97 @@ class TestArguments:
         x = np.ones(3)
         with pytest.raises(TypeError, match=r"^train_flg must be True or False"):
             Dropout().forward(x, x)
+
+
+class TestHabits:
+    """What people write who come from another library, and what the error says to write here."""
+
+    @pytest.mark.parametrize("train_flg", [True, False])
+    def test_calling_a_layer_is_its_forward(self, train_flg):
+        x, out = np.arange(1.0, 10.0), np.zeros(9)
+        drop, other = Dropout(0.5, seed=1), Dropout(0.5, seed=1)
+        assert_same_bits(drop(x, train_flg), other.forward(x, train_flg))
+        assert_same_bits(drop(x, train_flg=train_flg), other.forward(x, train_flg=train_flg))
+        assert drop(x, train_flg, out) is out
+        assert_same_bits(out, other.forward(x, train_flg))
+        assert_same_bits(drop(x), other.forward(x))
+        assert drop.state_dict() == other.state_dict()
+        assert inspect.signature(Dropout.__call__) == inspect.signature(Dropout.forward)
+
+    def test_calling_a_subclass(self):
+        class Doubled(Dropout):
+            def forward(self, x, train_flg=True, out=None):
+                return 2 * super().forward(x, train_flg, out)
+
+        np.testing.assert_array_equal(Doubled(0.0)(np.ones(3)), 2 * np.ones(3))
+
+    @pytest.mark.parametrize("name", ["train", "training", "train_flag", "is_training"])
+    def test_the_flag_by_other_names(self, name):
+        drop = Dropout(0.5)
+        for method in (drop.forward, drop):
+            with pytest.raises(TypeError, match=rf"unexpected keyword argument '{name}': .*x, train_flg=False\)"):
+                method(np.ones(3), **{name: False})
+        with pytest.raises(TypeError, match=rf"unexpected keyword argument '{name}': .*x, train_flg=False\)"):
+            Dropout(0.5, **{name: False})
+        with pytest.raises(AttributeError, match=rf"Dropout.{name} cannot be set; .*x, train_flg=False\)"):
+            setattr(drop, name, False)
+        assert drop.call == 0
+
+    @pytest.mark.parametrize("name", ["eval", "train"])
+    def test_a_mode(self, name):
+        drop = Dropout()
+        with pytest.raises(AttributeError, match=rf"'Dropout' object has no attribute '{name}': .*train_flg=False\)"):
+            getattr(drop, name)()
+        assert not hasattr(drop, name)
+
+    @pytest.mark.parametrize("name", ["p", "rate", "ratio"])
+    def test_the_ratio_by_other_names(self, name):
+        with pytest.raises(TypeError, match=rf"argument '{name}': write dropout_ratio$"):
+            Dropout(**{name: 0.5})
+        with pytest.raises(AttributeError, match=rf"no attribute '{name}': write dropout_ratio$"):
+            getattr(Dropout(), name)
+        with pytest.raises(AttributeError, match=rf"Dropout.{name} cannot be set; .*: write dropout_ratio$"):
+            setattr(Dropout(), name, 0.5)
+
+    def test_in_place(self):
+        drop, x = Dropout(), np.ones(3)
+        for call in (
+            lambda: Dropout(0.5, inplace=True),
+            lambda: drop(x, inplace=True),
+            lambda: drop.backward(x, inplace=1),
+        ):
+            with pytest.raises(TypeError, match=r"argument 'inplace': write drop.forward\(x, out=x\)$"):
+                call()
+
+    def test_a_name_that_is_nearly_right(self):
+        drop, x = Dropout(), np.ones(3)
+        with pytest.raises(
+            TypeError, match=r"^Dropout.__init__\(\) got an .* 'dropout_rate' \(did you mean 'dropout_ratio'\?\)$"
+        ):
+            Dropout(dropout_rate=0.5)
+        with pytest.raises(
+            TypeError, match=r"^Dropout.forward\(\) got an .* 'train_flgs' \(did you mean 'train_flg'\?\)$"
+        ):
+            drop.forward(x, train_flgs=True)
+        with pytest.raises(TypeError, match=r"^Dropout.backward\(\) got an .* 'calls' \(did you mean 'call'\?\)$"):
+            drop.backward(x, calls=1)
+        with pytest.raises(AttributeError, match=r" can \(did you mean 'inverted'\?\)$"):
+            drop.invert = True
+
+    def test_a_name_like_no_other(self):
+        with pytest.raises(TypeError, match=r"argument 'zzz'; it takes x, train_flg, out$"):
+            Dropout().forward(np.ones(3), zzz=1)
+        with pytest.raises(AttributeError, match=r"^'Dropout' object has no attribute 'zzz'$"):
+            _ = Dropout().zzz
+
+    def test_an_error_within_a_property_is_shown(self):
+        class Broken(Dropout):
+            @property
+            def shape(self):
+                return self.zzz
+
+        with pytest.raises(AttributeError, match=r"^'Broken' object has no attribute 'zzz'$"):
+            _ = Broken().shape
 
 
 class TestState:

@@ -13,11 +13,12 @@ own real dtype. The product is rounded once to x's dtype.
 from __future__ import annotations
 
 import importlib
+import inspect
 import numbers
 import threading
-from collections.abc import Callable, Mapping
-from functools import lru_cache
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache, wraps
+from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar
 
 import numpy as np
 
@@ -27,6 +28,7 @@ from .engines.blocks import Kernel
 from .fusion.dtypes import PART, compute_dtype
 from .fusion.program import Buffer
 from .fusion.trace import trace_blocks
+from .hints import near
 from .masking import Operand, fused, on_device, operand, reference
 
 __all__ = ["Dropout", "dropout"]
@@ -186,6 +188,38 @@ def dropout(x: Any, ratio: float, *, seed: int, stream: int, inverted: bool = Fa
     return leaf.result(_train(leaf, settings, seed, stream))
 
 
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+_RATIO = "write dropout_ratio"
+_MODE = "a layer has no mode: write drop.forward(x, train_flg=False) for a test pass; train_flg=True is the default"
+_ELSEWHERE = {
+    **dict.fromkeys(("p", "rate", "ratio", "prob", "drop_prob", "drop_rate"), _RATIO),
+    **dict.fromkeys(("train", "training", "train_flag", "is_training", "is_train", "eval", "deterministic"), _MODE),
+    "inplace": "write drop.forward(x, out=x)",
+}
+
+
+def _hint(name: str, known: Iterable[str]) -> str:
+    """What to write for a name that other libraries have, or that is nearly one of those known here."""
+    return f": {_ELSEWHERE[name]}" if name in _ELSEWHERE else near(name, known)
+
+
+def _explained(method: Callable[_P, _R]) -> Callable[_P, _R]:
+    """A method whose error about an unknown keyword says what to write."""
+    known = [name for name in inspect.signature(method).parameters if name != "self"]
+
+    @wraps(method)
+    def explained(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        for name in kwargs:
+            if name not in known:
+                start = f"{method.__qualname__}() got an unexpected keyword argument {name!r}"
+                raise TypeError(start + (_hint(name, known) or f"; it takes {', '.join(known)}"))
+        return method(*args, **kwargs)
+
+    return explained
+
+
 class Dropout:
     """Zero a random share of the elements in training; store no mask.
 
@@ -260,6 +294,7 @@ class Dropout:
     array([0.5, 1. , 1.5, 2. , 2.5, 3. , 3.5, 4. ])
     """
 
+    @_explained
     def __init__(
         self,
         dropout_ratio: float = 0.5,
@@ -281,8 +316,9 @@ class Dropout:
             seed, layer = random.claim_layer(layer)
         self._state = Atomic(_State(settings, seed, layer, threading.local()))
 
+    @_explained
     def forward(self, x: Any, train_flg: bool = True, out: Any = None) -> Any:
-        """Dropout of ``x``; in training with the next call's mask.
+        """Dropout of ``x``; in training with the next call's mask. ``drop(x, ...)`` is the same.
 
         Parameters
         ----------
@@ -311,6 +347,12 @@ class Dropout:
         state.threads.forward = forward
         return y
 
+    @_explained
+    def __call__(self, x: Any, train_flg: bool = True, out: Any = None) -> Any:
+        """The same as :meth:`forward`."""
+        return self.forward(x, train_flg, out)
+
+    @_explained
     def backward(self, dout: Any, call: int | None = None, out: Any = None) -> Any:
         """The gradient of a training forward: ``where(keep, dout * scale, +0)`` with that forward's mask.
 
@@ -429,8 +471,17 @@ class Dropout:
     def __setattr__(self, name: str, value: Any) -> None:
         settable = ("dropout_ratio", "inverted", "broadcast_axes")
         if name not in settable and not name.startswith("_"):
-            raise AttributeError(f"{type(self).__name__}.{name} cannot be set; {', '.join(settable)} can")
+            raise AttributeError(
+                f"{type(self).__name__}.{name} cannot be set; {', '.join(settable)} can{_hint(name, settable)}"
+            )
         super().__setattr__(name, value)
+
+    if not TYPE_CHECKING:  # a checker would take any name for granted
+
+        def __getattr__(self, name: str) -> Any:
+            if name in _ELSEWHERE:
+                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}{_hint(name, ())}")
+            return super().__getattribute__(name)  # which raises what it raised before
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_state": self._state.get().portable()}

@@ -385,19 +385,19 @@ class TestMemory:
     def test_threads_that_end_leave_nothing(self) -> None:
         drop = xo.Dropout(0.5, seed=1)
         for _ in range(3):
-            in_threads(8, lambda _: drop.forward(np.ones(5)))
+            in_threads(8, lambda _: drop.forward(np.ones(9173)))  # a shape of this test alone
         gc.collect()
-        kept = [one for one in gc.get_objects() if isinstance(one, _Forward) and one.shape == (5,)]
+        kept = [one for one in gc.get_objects() if isinstance(one, _Forward) and one.shape == (9173,)]
         assert len(kept) <= 1  # the latest of all
 
     def test_layers_that_go_leave_nothing_in_a_thread(self) -> None:
         drop = xo.Dropout(0.5, seed=1)
-        drop.forward(np.ones((2, 3, 5)))
+        drop.forward(np.ones((2, 3, 1733)))
         there = weakref.ref(drop)
         del drop
         gc.collect()
         assert there() is None
-        assert not [one for one in gc.get_objects() if isinstance(one, _Forward) and one.shape == (2, 3, 5)]
+        assert not [one for one in gc.get_objects() if isinstance(one, _Forward) and one.shape == (2, 3, 1733)]
 
     def test_the_activation_of_another_thread_is_not_kept(self) -> None:
         drop, kept = xo.Dropout(0.5, seed=1), []

@@ -685,6 +685,25 @@ def test_a_gradient_of_another_layout_is_read_anew_in_every_step() -> None:
     assert (params["a"] == 0).all()
 
 
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize(("dtype", "g_dtype"), [("float64", ">f8"), ("complex64", "float32"), ("float32", "float32")])
+def test_a_gradient_buffer_that_is_filled_anew(dtype: str, g_dtype: str, order: Any) -> None:
+    """The norm reads the gradient itself, in C order; the update reads a copy in the parameter's order and dtype."""
+    start = np.random.default_rng(1).standard_normal((6, 5)).astype(dtype)
+
+    def run() -> tuple[Any, Any]:
+        opt, params = make_optimizer("Adam", clip_norm=0.5), {"a": np.array(start, order="F")}
+        buffer = np.zeros((6, 5), g_dtype, order=order)
+        for seed in range(4):
+            buffer[...] = np.random.default_rng(seed).standard_normal((6, 5))
+            opt.update(params, {"a": buffer})
+        return params, opt.state
+
+    found = run()
+    with xo.engine("reference"):
+        assert_same_tree(found, run())
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("extra", [-1, 0, 1, 127, 129, 4465])
 def test_tensors_that_ask_for_memory_ahead(dtype: str, extra: int) -> None:

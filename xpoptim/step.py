@@ -151,7 +151,7 @@ class Step:
 
     def ready(self, params: Any, slots: dict[str, dict[str, Any]]) -> Ready | None:
         """What the next step can start from, if one engine served every leaf; else None."""
-        if not self.leaves or self.others or any(not _gradient_alone(leaf, copy) for leaf, copy in self.staged):
+        if not self.leaves or any(not _gradient_alone(leaf, copy) for leaf, copy in self.staged):
             return None
         if len(self.cpu) == len(self.leaves):
             return ready(self.recipe, self.cpu_plan, self.cpu, params, [leaf.g for leaf in self.leaves], slots)

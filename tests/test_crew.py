@@ -125,6 +125,29 @@ def test_a_helper_serves_one_caller_at_a_time() -> None:
     assert {workers for workers, _ in counted} >= {2}
 
 
+def test_a_helper_that_has_not_settled_gets_no_job() -> None:
+    """The second of two that begin at once may settle first: the place before its own has no lock yet."""
+    code = f"""
+import ctypes
+import numpy as np
+import xpoptim as xo
+from xpoptim.engines import crew
+from xpoptim.engines.jit import Module
+crew._places.pop()  # as by a thread that has come no further
+xo.set_num_threads(2)
+assert crew.hired(crew.Work({LARGE}))[0] == 1
+assert crew._helpers == [1] and crew._look_at.value == 2
+module = Module("define void @nothing(ptr %job, i64 %worker) {{ ret void }}", vectorize=False)
+cursors = crew.cursors()
+job = np.array([cursors.ctypes.data, 0], np.int64)
+call = np.array([0, 0, 0, module.address("nothing"), job.ctypes.data], np.int64)
+crew._functions()[1](crew.MOST - 1, 0, 1, call.ctypes.data, ctypes.addressof(ctypes.c_int64()))
+print(job[1])  # the caller and the one helper
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (0, "2\n"), done.stderr
+
+
 def test_where_no_thread_can_be_started_the_caller_works_alone() -> None:
     code = f"""
 import _thread

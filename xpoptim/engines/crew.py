@@ -42,8 +42,8 @@ _PER_ELEMENT = 5e-9  # seconds that it stays awake, for each element of the last
 # CPUs fetch cache lines in pairs.
 _LOCK, _CONDITION, _CPUS, _SIZE = 128, 256, 384, 512  # bytes
 _STATE, _PATIENCE, _FUNCTION, _JOB, _WORKER, _THREAD, _OWNED = range(7)
-_ASLEEP, _AWAKE = 0, 1  # states; 2: a job lies before it, 3: at work
-_FREE, _TAKEN, _ABSENT = 0, 1, 2  # whether a caller owns it
+_ASLEEP = 0  # states; 1: awake, 2: a job lies before it, 3: at work
+_ABSENT, _FREE, _TAKEN = 0, 1, 2  # whether a caller may have it, or has it; memory that nobody has written is absent
 
 # All helpers' memory, behind a header with the number of those to look at. It is never freed.
 _memory = (ctypes.c_char * ((MOST + 1) * _SIZE))()
@@ -394,8 +394,8 @@ def _live(serve: Any) -> None:
     except IndexError:
         return
     at = _FIRST + place * _SIZE
-    memory = (ctypes.c_int64 * 7).from_address(at)
-    memory[:] = [_AWAKE, 0, 0, 0, 0, threading.get_native_id(), _ABSENT]
+    memory = (ctypes.c_int64 * 7).from_address(at)  # zeros: asleep as far as others can tell, and absent
+    memory[_THREAD] = threading.get_native_id()
     _process().pthread_mutex_init(ctypes.c_void_p(at + _LOCK), None)
     _process().pthread_cond_init(ctypes.c_void_p(at + _CONDITION), None)
     memory[_OWNED] = _FREE

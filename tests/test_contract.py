@@ -11,6 +11,7 @@ import tracemalloc
 import weakref
 from collections import OrderedDict, defaultdict
 from typing import Any, ClassVar
+from unittest import mock
 
 import array_api_strict
 import numpy as np
@@ -33,6 +34,7 @@ from helpers import (
 )
 
 import xpoptim as xo
+from xpoptim import optimizer
 
 MISSING = (KeyError, ValueError)  # what a missing gradient raises
 ENGINES = ("reference", "auto")
@@ -2437,6 +2439,37 @@ def test_numbers_among_arrays_step_after_step(kind: Any, container: Any, clip_no
     found = run()
     with xo.engine("reference"):
         assert_same_tree(found, run())
+
+
+@pytest.mark.parametrize(
+    ("kind", "gradients"),
+    [
+        (float, [0.5, 2, np.float64(0.5), None, np.array(0.25)]),
+        (np.float64, [np.float64(0.5), 0.5, 2, None, np.array(0.25)]),
+        (np.float32, [np.float32(0.5), None, np.array(0.25, np.float32)]),
+    ],
+)
+def test_numbers_are_looked_at_in_full_once(kind: Any, gradients: list[Any]) -> None:
+    """Whatever way a later gradient is written, the step before is gone on from."""
+    opt, params = xo.SGD(lr=1.0), {"a": kind(2.0), "b": np.ones(2)}
+    opt.update(params, {"a": gradients[0], "b": np.ones(2)})
+    expected = 2.0 - float(gradients[0])
+    with mock.patch.object(optimizer, "pairs", side_effect=AssertionError("a full step")):
+        for g in gradients:
+            opt.update(params, {"a": g, "b": np.ones(2)})
+            expected -= 0.0 if g is None else float(g)
+            assert params["a"] == expected
+            assert type(params["a"]) is kind
+
+
+@pytest.mark.parametrize(("first", "then"), [(float, np.float64), (np.float64, float)])
+def test_a_number_that_becomes_one_of_another_type(first: Any, then: Any) -> None:
+    opt, params = xo.SGD(lr=1.0), {"a": first(4.0)}
+    for kind in (first, then, then, first):
+        params["a"] = kind(params["a"])
+        opt.update(params, {"a": 1.0})
+        assert type(params["a"]) is kind
+    assert params["a"] == 0.0
 
 
 @pytest.mark.parametrize("wrong", [True, 10**400, "1.0", 1j, np.ones(1), np.int64(1)])

@@ -49,6 +49,7 @@ from helpers import (
 import xpoptim as xo
 from xpoptim.engines import cuda, driver
 from xpoptim.fusion import cuda as text
+from xpoptim.fusion.norm import CHUNK
 from xpoptim.leaves import pairs
 from xpoptim.step import Step, check
 
@@ -312,6 +313,20 @@ def test_one_launch_a_step(gpu: GPU) -> None:
     for step in range(4):
         opt.update(on_gpu, moved(gpu, alike(params, seed=step)))
         assert gpu.take() == ["update"]
+
+
+def test_the_least_grids_that_cover_the_tensors(gpu: GPU) -> None:
+    """A block for 16 bytes a thread of one tensor, a warp for a chunk of a norm, a block for a tensor's sums."""
+    sizes, threads = (0, 1, 1023, 1024, 1025, 9000, 3), 256
+    params = {str(size): np.ones(size, np.float32) for size in sizes}
+    on_gpu, grads = moved(gpu, params), moved(gpu, params)
+    updates = sum(-(-size // (threads * 4)) for size in sizes)
+    sums = -(-sum(-(-size // CHUNK) for size in sizes) // (threads // 32))
+    with mock.patch.object(driver, "launch", wraps=driver.launch) as launch:
+        make_optimizer("Adam", clip_norm=1.0).update(on_gpu, grads)
+    grids = {call.args[0].name: call.args[1:3] for call in launch.call_args_list}
+    expected = {"sums": (sums, threads), "fold": (len(sizes), 512), "prologue": (1, 1), "update": (updates, threads)}
+    assert grids == expected
 
 
 def test_nothing_to_do_is_no_launch(gpu: GPU) -> None:

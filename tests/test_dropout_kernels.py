@@ -26,7 +26,7 @@ from test_random import KNOWN_ANSWERS, correlation_in_sigmas, five_sigma, oracle
 
 import xpoptim as xo
 from xpoptim import _dropout, random
-from xpoptim.engines import blocks, crew, nvrtc
+from xpoptim.engines import blocks, crew, driver, nvrtc
 from xpoptim.fusion import cuda_blocks
 from xpoptim.fusion.cuda import THREADS
 from xpoptim.fusion.program import BlockProgram, Buffer
@@ -711,6 +711,15 @@ class TestEmulatedGPU:
 
 @on_host
 class TestLaunches:
+    @EVERY_DTYPE
+    def test_the_least_grid_that_covers_the_elements(self, dtype):
+        """A thread takes 16 bytes, and at least the four elements of a block of random words."""
+        of_a_block = THREADS * max(4, 16 // dtype.itemsize)
+        for size in (1, of_a_block - 1, of_a_block, of_a_block + 1, 3 * of_a_block, 3 * of_a_block + 1):
+            with emulated_gpu(), mock.patch.object(driver, "launch", wraps=driver.launch) as launch:
+                xo.dropout(like(np.ones(size, dtype)), 0.4, seed=1, stream=0)
+            assert [call.args[1:3] for call in launch.call_args_list] == [(-(-size // of_a_block), THREADS)]
+
     def test_another_gpu_than_the_current_one(self):
         """The result is allocated, and the kernel launched, where x lies."""
         import cupy

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -275,6 +276,30 @@ def stepped(make: Callable[[int], tuple[Any, Any]], steps: int = 4) -> tuple[Any
             params, grads = make(step)
             opt.update(params, grads)
     return params, opt.state, direct
+
+
+def test_the_layout_of_array_objects_is_read_from_arrays_of_every_sort() -> None:
+    with mock.patch.object(scan, "_reads_right", wraps=scan._reads_right) as reads_right:
+        assert scan._layout_as_expected()
+    looked_at = [call.args[0] for call in reads_right.call_args_list]
+    assert all(type(array) is np.ndarray for array in looked_at)
+    assert {array.ndim for array in looked_at} == {0, 1, 3}
+    assert {array.flags.writeable for array in looked_at} == {True, False}
+    assert {array.flags.c_contiguous for array in looked_at} == {True, False}
+
+
+def test_what_is_no_array_says_nothing_of_the_layout() -> None:
+    with pytest.raises(TypeError, match="float64"):
+        scan._reads_right(np.float64(1.0) + np.zeros(()))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("_DATA", 40), ("_NDIM", 28), ("_DIMS", 40), ("_STRIDES", 32), ("_DESCR", 48), ("_FLAGS", 24), ("_WRITEABLE", 1)],
+)
+def test_another_layout_of_array_objects_is_noticed(field: str, value: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scan, field, value)
+    assert not scan._layout_as_expected()
 
 
 P = [np.ones(3), np.ones((2, 2)), np.ones(5)]

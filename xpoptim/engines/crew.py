@@ -52,8 +52,7 @@ _HEADER = -(-ctypes.addressof(_memory) // _LOCK) * _LOCK
 _FIRST = _HEADER + _LOCK
 _look_at = ctypes.c_int64.from_address(_HEADER)
 
-_CLOCK = 6 if sys.platform == "darwin" else 1  # CLOCK_MONOTONIC
-_MOVES = sys.platform == "linux"
+_CLOCK = getattr(time, "CLOCK_MONOTONIC", 1)  # its number differs between systems
 
 _KEEP_OFF = f"""
 declare i32 @sched_getcpu()
@@ -126,14 +125,19 @@ exit:
 }}
 """
 
-_ASSEMBLY = f"""
+_STAY = """
+define internal void @keep_off(ptr %box) {
+  ret void
+}
+"""
+
+_CREW = f"""
 declare i32 @sched_yield()
 declare i32 @clock_gettime(i32, ptr)
 declare i32 @pthread_mutex_lock(ptr)
 declare i32 @pthread_mutex_unlock(ptr)
 declare i32 @pthread_cond_wait(ptr, ptr)
 declare i32 @pthread_cond_signal(ptr)
-{_KEEP_OFF if _MOVES else "define internal void @keep_off(ptr %box) {{ ret void }}"}
 
 ; A helper's life.
 define void @serve(ptr %box) {{
@@ -338,6 +342,11 @@ exit:
 """
 
 
+def _assembly(platform: str) -> str:
+    """The whole module, for a platform as `sys.platform` names it. Only on Linux may a thread choose its CPUs."""
+    return (_KEEP_OFF if platform == "linux" else _STAY) + _CREW
+
+
 @cache
 def _process() -> ctypes.PyDLL:
     return ctypes.PyDLL(None)
@@ -347,7 +356,7 @@ def _process() -> ctypes.PyDLL:
 def _compiled() -> Any:
     from .jit import Module
 
-    module = Module(_ASSEMBLY, vectorize=False, library=_process())
+    module = Module(_assembly(sys.platform), vectorize=False, library=_process())
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(module))  # helpers never leave it
     return module
 

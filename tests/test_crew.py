@@ -149,15 +149,23 @@ print(job[1])  # the caller and the one helper
     assert (done.returncode, done.stdout) == (0, "2\n"), done.stderr
 
 
-def test_where_no_thread_can_be_started_the_caller_works_alone() -> None:
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        ("RuntimeError", "can't start new thread"),
+        ("RuntimeError", "can't create new thread at interpreter shutdown"),  # Python 3.12
+        ("PythonFinalizationError", "can't create new thread at interpreter shutdown"),  # from Python 3.13 on
+    ],
+)
+def test_where_no_thread_can_be_started_the_caller_works_alone(error: str, text: str) -> None:
     code = f"""
-import _thread
+import _thread, builtins
 import numpy as np, xpoptim as xo
 from xpoptim.engines import crew
 xo.set_num_threads(4)
 start = _thread.start_new_thread
 def refuse(*arguments):
-    raise RuntimeError("can't start new thread")
+    raise getattr(builtins, {error!r}, type({error!r}, (RuntimeError,), {{}}))({text!r})
 _thread.start_new_thread = refuse
 opt, params, grads = xo.SGD(lr=1.0), [np.zeros({LARGE}, np.float32)], [np.ones({LARGE}, np.float32)]
 for _ in range(3):

@@ -382,6 +382,8 @@ def _functions() -> tuple[Any, Any]:
 
 _places = list(range(MOST - 2, -1, -1))  # for helpers that there are not yet
 _helpers: list[int] = []  # the places of those that there are
+# What Python says where it starts no thread: the system has none left, or the interpreter shuts down (from 3.12 on).
+_REFUSALS = ("can't start new thread", "can't create new thread at interpreter shutdown")
 _ended = 0.0  # when the last job was done
 
 
@@ -422,7 +424,7 @@ def _make() -> bool:
     try:
         _thread.start_new_thread(_live, (serve,))
     except RuntimeError as error:
-        if type(error) is not RuntimeError or "start new thread" not in str(error):
+        if str(error) not in _REFUSALS:
             raise  # a signal handler's
         return False
     end = time.monotonic() + 0.1

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import threading
 from functools import cache
 
-# Held while anything is compiled, and across a fork, so that a child never begins in the middle of a compilation.
+# Held while anything is compiled; across a fork, so that a child never begins in the middle of a compilation; and from
+# exit on, so that no daemon thread compiles while the process takes LLVM down, which would crash it.
 compiling = threading.RLock()
 
 _count: int | None = None
@@ -64,5 +66,6 @@ def set_num_threads(n: int) -> None:
     _count = _checked(n, "n")
 
 
+atexit.register(compiling.acquire)  # the main thread may still compile: the lock is its own
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=compiling.acquire, after_in_parent=compiling.release, after_in_child=compiling.release)

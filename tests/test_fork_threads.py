@@ -195,7 +195,7 @@ print("done")
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 def test_fork() -> None:
     command = [sys.executable, "-W", "error", "-c", FORK, os.path.dirname(__file__)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.stdout.strip() == "done", done.stderr
     assert done.returncode == 0, done.stderr
 
@@ -217,7 +217,7 @@ if __name__ == "__main__":
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 def test_a_pool_of_processes() -> None:
     command = [sys.executable, "-W", "error", "-c", SPAWN, os.path.dirname(__file__)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.stdout.strip() == "done", done.stderr
 
 

@@ -176,7 +176,7 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
             out = folder / f"{library}.npz"
             command = [sys.executable, str(FOLDER / "make.py"), "--library", library, "--out", str(out)]
             done = subprocess.run(
-                command, capture_output=True, text=True, timeout=300, check=False, env=dict(os.environ)
+                command, capture_output=True, text=True, timeout=120, check=False, env=dict(os.environ)
             )
             assert done.returncode == 0, done.stderr
             made[library] = out

@@ -255,7 +255,7 @@ def host_memory() -> Iterator[None]:
 # --- sanitizers
 
 
-def run_sanitized(*arguments: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+def run_sanitized(*arguments: str, timeout: float = 150) -> subprocess.CompletedProcess[str]:
     """Run Python in a process in which kernels are compiled with AddressSanitizer and UBSan.
 
     ``arguments`` are the interpreter's: ``"-c", code`` or ``"-m", "pytest", ...``. What is found ends the

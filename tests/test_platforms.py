@@ -11,8 +11,8 @@ import pytest
 import xpoptim as xo
 from xpoptim import _dropout
 from xpoptim.engines import crew, scan
-from xpoptim.fusion import llvm as llvm_text
 from xpoptim.fusion import llvm_blocks
+from xpoptim.fusion.llvm import with_subnormals
 
 # Platforms as `sys.platform` names them, and their targets.
 TARGETS = {
@@ -56,12 +56,16 @@ def test_the_code_that_looks_at_arrays(triple: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("triple", TRIPLES)
 def test_kernels(triple: str, dtype: str) -> None:
-    programs = xo.Adam(clip_norm=1.0)._recipe.programs(dtype, dtype).values()
-    texts = [llvm_text.assembly(program) for program in programs]
-    texts += [llvm_blocks.assembly(_dropout.kernel(dtype).program, in_place=same) for same in (True, False)]
+    both = xo.Adam(clip_norm=1.0).source("llvm", dtype=dtype)
+    norm, update = re.split(r"^(?=; ')", both, flags=re.MULTILINE)[1:]
+    texts = [
+        norm,
+        update,
+        *(llvm_blocks.assembly(_dropout.kernel(dtype).program, in_place=same) for same in (True, False)),
+    ]
     for text in texts:
         if triple.startswith("x86_64"):
-            text = llvm_text.with_subnormals(text, ("prologue", "run"))
+            text = with_subnormals(text, ("prologue", "run"))
         code = machine_code(text, triple)
         assert not re.search(r"\b__\w*[hsd]f2\b|\b__gnu_\w+", code), "calls a routine for float16, which is not linked"
 

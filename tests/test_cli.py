@@ -82,6 +82,7 @@ def test_a_bad_command_line_is_refused_in_one_line(capsys, arguments, words):
     refused(subprocess.CompletedProcess(arguments, stopped.value.code, printed.out, printed.err), *words)
 
 
+@pytest.mark.smoke
 def test_the_process_ends_with_the_status(command):
     refused(command("demo", "--steps", "0"), "--steps")
 
@@ -158,6 +159,7 @@ def test_cupy_without_a_gpu_is_refused_in_one_line(tmp_path, monkeypatch, capsys
     assert not (tmp_path / "pictures").exists()
 
 
+@pytest.mark.smoke
 def test_ctrl_c_ends_without_a_traceback(monkeypatch, capsys):
     def interrupted(*arguments):
         raise KeyboardInterrupt
@@ -189,6 +191,7 @@ def rows(printed):
     return {cells[0]: cells[1:] for cells in lines if len(cells) == 8 and cells[0] in NAMES}
 
 
+@pytest.mark.smoke
 @needs_extra
 def test_the_demo_prints_a_row_for_each_optimizer(demo_run):
     table = rows(demo_run[1])
@@ -236,6 +239,7 @@ def test_the_demo_runs_as_a_process_and_on_an_output_that_knows_ascii_only(comma
 # Information
 
 
+@pytest.mark.smoke
 def test_info_shows_versions_engines_devices_and_threads(command):
     done = command("info", XPOPTIM_NUM_THREADS="3")
     assert (done.returncode, done.stderr) == (0, "")

@@ -59,6 +59,7 @@ def warmed(name: str = "Adam", **options: Any) -> tuple[xo.Optimizer, dict[str, 
 # ---- Containers and keys ----------------------------------------------------------------------------------
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("name", RULES)
 def test_update_returns_none_and_keeps_identity(engine: str, name: str) -> None:
     """A layer that holds the same array object sees the new values."""
@@ -73,6 +74,7 @@ def test_update_returns_none_and_keeps_identity(engine: str, name: str) -> None:
     assert (layer != 1).all()
 
 
+@pytest.mark.smoke
 def test_lists_of_fresh_lists(engine: str) -> None:
     """The second book's trainer hands over new lists of the same arrays at every step."""
     opt = xo.Momentum()
@@ -89,6 +91,7 @@ def test_lists_of_fresh_lists(engine: str) -> None:
     assert sorted(opt.state["slots"]["v"]) == ["0", "1"]
 
 
+@pytest.mark.smoke
 def test_nested_containers_and_key_names(engine: str) -> None:
     params: dict[str, Any] = {
         "encoder": [{"W": np.ones(2), "b": np.ones(1)}, (np.ones(3), np.ones(4))],
@@ -347,6 +350,7 @@ def test_python_floats_are_rebound(engine: str) -> None:
     assert type(params["y"]) is float
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("name", RULES)
 def test_python_floats_step_as_float64_arrays_do(engine: str, name: str) -> None:
     opt, expected = make_optimizer(name), make_optimizer(name)
@@ -405,6 +409,7 @@ def test_mutable_arrays_in_a_tuple_are_fine(engine: str) -> None:
 # ---- Gradients --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("name", RULES)
 def test_a_none_gradient_leaves_parameter_and_slots(engine: str, name: str) -> None:
     """The parameter may also get its first gradient late, and lose it again (a known crash elsewhere)."""
@@ -474,6 +479,7 @@ def test_an_array_in_place_of_a_list_of_gradients(engine: str) -> None:
         opt.update(params, [np.ones(3), np.ones(3)])
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("options", [{}, {"clip_norm": 0.1, "clip_value": 0.2, "maximize": True, "weight_decay": 1}])
 @pytest.mark.parametrize("name", RULES)
 def test_gradients_are_never_modified(engine: str, name: str, options: dict[str, Any]) -> None:
@@ -837,6 +843,7 @@ BAD_GRADIENTS = {
 }
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("fresh", [True, False])
 @pytest.mark.parametrize("kind", BAD_GRADIENTS)
 def test_bad_gradients(engine: str, kind: str, fresh: bool) -> None:
@@ -867,6 +874,7 @@ BAD_PARAMS = {
 }
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("kind", BAD_PARAMS)
 def test_bad_parameters(engine: str, kind: str) -> None:
     opt = make_optimizer("Adam")
@@ -947,6 +955,7 @@ SHARED = {
 }
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("fresh", [True, False])
 @pytest.mark.parametrize("case", SHARED)
 def test_parameters_that_share_memory(engine: str, case: str, fresh: bool) -> None:
@@ -1028,6 +1037,7 @@ CHANGES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("name", ["SGD", "Adam"])
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_changed_set_of_parameters_is_an_error(engine: str, change: str, name: str) -> None:
@@ -1121,6 +1131,7 @@ def test_without_a_norm_non_finite_gradients_are_ordinary(engine: str, bad: floa
     assert np.isfinite(params["b"][[0, 2]]).all()
 
 
+@pytest.mark.smoke
 def test_no_floating_point_warnings(engine: str) -> None:
     """Overflow, 0/0 and casts that overflow pass silently (warnings are errors here)."""
     for dtype in DTYPES.values():
@@ -1147,6 +1158,7 @@ def all_fields() -> list[tuple[str, str]]:
     return [(name, field) for name, settings in RULES.items() for field in settings]
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(("name", "field"), all_fields())
 def test_bad_hyperparameters(name: str, field: str) -> None:
     """In the constructor and on assignment; the old value stays."""
@@ -1279,6 +1291,7 @@ def test_reassigning_options_takes_effect_at_the_next_step(engine: str) -> None:
     np.testing.assert_allclose(params["p"], [-4.1, -4.3], rtol=1e-15)
 
 
+@pytest.mark.smoke
 def test_schedules_count_from_zero(engine: str) -> None:
     seen: list[Any] = []
 
@@ -1332,6 +1345,7 @@ def test_repr_shows_the_settings(name: str) -> None:
 # ---- State, functional style -------------------------------------------------------------------------------
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("name", RULES)
 @pytest.mark.parametrize("options", [{}, {"clip_norm": 0.5, "weight_decay": 0.1, "maximize": True}])
 def test_apply_equals_update(engine: str, name: str, options: dict[str, Any]) -> None:
@@ -1438,6 +1452,7 @@ def test_state_dict_is_a_copy_with_class_and_hyperparameters() -> None:
         assert repr(value) in str(saved)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("name", RULES)
 def test_load_state_dict_resumes_exactly(engine: str, name: str) -> None:
     rng = np.random.default_rng(1)
@@ -1624,6 +1639,7 @@ def half_life(step: int) -> float:
     return 0.5**step
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda opt: pickle.loads(pickle.dumps(opt))])
 @pytest.mark.parametrize("name", RULES)
 def test_deepcopy_and_pickle_continue_exactly_and_apart(engine: str, name: str, duplicate: Any) -> None:
@@ -1664,6 +1680,7 @@ def test_a_copy_in_use_steps_as_its_original_would(engine: str) -> None:
 # ---- Engines, explain, source --------------------------------------------------------------------------------
 
 
+@pytest.mark.smoke
 def test_engine_contexts() -> None:
     opt, params = xo.SGD(lr=1.0), {"p": np.ones(4)[::2]}
     with xo.engine("fused"), refused(opt, params, error=(TypeError, ValueError), names="p"):
@@ -1710,6 +1727,7 @@ print([leaf.engine for leaf in opt.explain(params, grads)], xo.get_num_threads()
 """
 
 
+@pytest.mark.smoke
 def test_environment_variables() -> None:
     for engine, expected in (("reference", "reference"), ("fused", "fused"), ("auto", "fused")):
         done = run_python(SHOW_ENGINE, XPOPTIM_ENGINE=engine, XPOPTIM_NUM_THREADS="3")
@@ -1735,6 +1753,7 @@ def test_set_num_threads_is_checked() -> None:
         assert xo.get_num_threads() == 2
 
 
+@pytest.mark.smoke
 def test_explain_says_leaf_by_leaf() -> None:
     strict = array_api_strict.ones(3, dtype=array_api_strict.float32)
     params = {
@@ -1852,6 +1871,7 @@ def test_a_users_rule(engine: str) -> None:
         Mine(lr=-1.0)
 
 
+@pytest.mark.smoke
 def test_a_users_rule_takes_options_schedules_and_copies(engine: str) -> None:
     opt = Mine(lr=half_life, weight_decay=0.5, decoupled=True, clip_norm=1.0)
     params = {"p": np.ones(1)}
@@ -2170,6 +2190,7 @@ UNTRACEABLE = {
 }
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("engine", ["reference", "auto", "fused"])
 @pytest.mark.parametrize("rule", UNTRACEABLE, ids=lambda rule: rule.__name__)
 def test_untraceable_rules(rule: Any, engine: str) -> None:
@@ -2220,6 +2241,7 @@ class Plain(xo.Optimizer):
         return p - lr * m, m
 
 
+@pytest.mark.smoke
 def test_a_rule_that_is_not_fused(engine: str) -> None:
     opt = Plain()
     params: dict[str, Any] = {"a": np.zeros(2), "b": np.zeros(4, np.float32)}
@@ -2264,6 +2286,7 @@ def counted_rule() -> tuple[type[xo.Optimizer], list[int]]:
     return type("Counted", (xo.Optimizer,), body | {"rule": staticmethod(rule)}), calls
 
 
+@pytest.mark.smoke
 def test_no_retrace_and_no_recompile(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not for the next step, a new lr, a schedule, other arrays, nor another optimizer of the class."""
     binding = pytest.importorskip("llvmlite.binding")
@@ -2338,6 +2361,7 @@ def test_the_first_step_makes_the_slots_alone() -> None:
     assert peak < 2 * params["p"].nbytes + n // 4
 
 
+@pytest.mark.smoke
 def test_many_steps_do_not_grow() -> None:
     opt, params = make_optimizer("Adam", clip_norm=1.0), {str(i): np.ones(10, np.float32) for i in range(20)}
 
@@ -2419,6 +2443,7 @@ def test_a_hyperparameter_cannot_be_deleted() -> None:
 NUMBER_STEPS: list[Any] = [1.0, 2, np.float64(0.5), None, -3, np.array(0.25), 1.5, np.float32(2.0), 0.0, 10**30]
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("container", [dict, list])
 @pytest.mark.parametrize("kind", [float, np.float64, np.float32, np.float16, np.complex64])
 @pytest.mark.parametrize("clip_norm", [None, 0.5])

@@ -52,6 +52,7 @@ def arrays(size: int, value: float = 1.0) -> dict[str, np.ndarray]:
 # Who is hired
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(("count", "expected"), [(1, 0), (2, 1), (3, 2), (9, 2)])
 def test_a_large_job_hires_helpers_but_for_one_thread(count: int, expected: int) -> None:
     with threads(count):
@@ -95,6 +96,7 @@ exit:
 """
 
 
+@pytest.mark.smoke
 def test_a_helper_serves_one_caller_at_a_time() -> None:
     """Two callers of two workers each, with one helper: whoever has it gets two, the other works alone."""
     from xpoptim.engines.jit import Module
@@ -149,6 +151,7 @@ print(job[1])  # the caller and the one helper
     assert (done.returncode, done.stdout) == (0, "2\n"), done.stderr
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(
     ("error", "text"),
     [
@@ -179,6 +182,7 @@ assert (params[0] == -4).all() and crew._helpers
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("raised", ["Timeout", "RuntimeError"])
 def test_what_a_signal_handler_raises_while_a_thread_starts_is_raised(raised: str) -> None:
     code = f"""
@@ -222,6 +226,7 @@ def test_an_idle_helper_falls_asleep_and_wakes_for_the_next_job() -> None:
     assert (params["p"] == 2).all()
 
 
+@pytest.mark.smoke
 def test_hot_loops_and_pauses_in_any_order_do_every_element_once() -> None:
     rng = np.random.default_rng(0)
     opt, params, steps = xo.SGD(lr=1.0), arrays(SMALL * 4, 0.0), 300
@@ -251,6 +256,7 @@ def test_a_helper_wakes_on_another_cpu_than_its_callers() -> None:
         os.sched_setaffinity(0, allowed)
 
 
+@pytest.mark.smoke
 def test_the_interpreter_exits_while_a_helper_is_awake() -> None:
     code = f"""
 import numpy as np, xpoptim as xo
@@ -338,6 +344,7 @@ CONTAINERS: dict[str, Callable[[list[Any], list[Any], int], tuple[Any, Any]]] = 
 IN_ONE_CALL = {"dicts", "lists", "keys that are numbers", "None now and then"}
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("name", CONTAINERS)
 def test_containers_of_any_kind(name: str) -> None:
     def run() -> tuple[Any, Any, list[bool]]:
@@ -355,6 +362,7 @@ def test_containers_of_any_kind(name: str) -> None:
         assert direct == [True] * 3
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(
     ("params", "grads"),
     [
@@ -381,6 +389,7 @@ def test_what_no_longer_fits_is_refused_as_at_first(params: Any, grads: Any) -> 
     assert opt.state["step"] == 3
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("size", [7, LARGE], ids=["holding the lock", "letting go of it"])
 def test_references_are_given_back(size: int) -> None:
     opt = xo.Adam()

@@ -927,6 +927,7 @@ def test_two_threads_with_optimizers_of_their_own(gpu: GPU) -> None:
         assert_same_tree(result, expected)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("most_bytes", [cuda._MOST_BYTES, 300], ids=["by value", "in memory"])
 def test_small_but_complete(most_bytes: int, gpu: GPU) -> None:
     """Every kernel, both tables, and both widths of a vector, at all edges of arrays."""

@@ -9,6 +9,8 @@ import pytest
 
 import xpoptim as xo
 
+pytestmark = pytest.mark.smoke
+
 MODULES = ["xpoptim", *(module.name for module in pkgutil.walk_packages(xo.__path__, "xpoptim."))]
 DEMO_EXTRA = ("rich", "matplotlib", "sklearn")
 

@@ -103,6 +103,7 @@ def values(shape, dtype, *, special=True, seed=0):
     return x
 
 
+@pytest.mark.smoke
 class TestDefinition:
     @pytest.mark.parametrize("inverted", [False, True])
     @pytest.mark.parametrize("ratio", [0.0, 0.1, 0.5, 0.7, 1.0])
@@ -217,6 +218,7 @@ class TestDefinition:
         np.testing.assert_array_equal(y, np.where(random.words(1, 1, x.size) >= 2**30, x, 0))
 
 
+@pytest.mark.smoke
 class TestScalars:
     @pytest.mark.parametrize("x", [2.0, np.float64(2), np.float32(2), np.float16(2), BFLOAT16.type(2), 1 + 2j])
     def test_scalars_are_zero_dimensional(self, x):

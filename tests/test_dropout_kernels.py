@@ -138,6 +138,7 @@ GENERATORS = {
 EVERY_ENGINE = pytest.mark.parametrize("generate", GENERATORS.values(), ids=GENERATORS)
 
 
+@pytest.mark.smoke
 class TestKnownAnswers:
     @EVERY_ENGINE
     @pytest.mark.parametrize(("counter", "key", "answer"), KNOWN_ANSWERS)
@@ -416,6 +417,7 @@ def refuse(*_: Any, **__: Any) -> Any:
     raise AssertionError("this engine was not asked for")
 
 
+@pytest.mark.smoke
 class TestEngines:
     def calls(self, x: Any) -> Iterator[Callable[[], Any]]:
         """Every way into Dropout."""

@@ -76,6 +76,7 @@ def masked(x: np.ndarray, drop: xo.Dropout, call: int) -> np.ndarray:
     return xo.dropout(x, drop.dropout_ratio, seed=drop.seed, stream=drop.layer << 32 | call, inverted=drop.inverted)
 
 
+@pytest.mark.smoke
 class TestNumbers:
     @pytest.mark.parametrize("size", [3, LARGE])
     @pytest.mark.parametrize("engine", ["fused", "reference"])
@@ -665,6 +666,7 @@ print({y.tobytes() for y in outputs} == expected, len(outputs) > 3 * len(delays)
 """
 
 
+@pytest.mark.smoke
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this system has no interval timer")
 def test_forwards_in_a_signal_handler() -> None:
     done = subprocess.run([sys.executable, "-c", STORM], capture_output=True, text=True, timeout=120, check=False)
@@ -731,6 +733,7 @@ print("done")
 """
 
 
+@pytest.mark.smoke
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 def test_forks_while_threads_run_forwards_and_make_layers() -> None:
     done = subprocess.run([sys.executable, "-c", FORK], capture_output=True, text=True, timeout=240, check=False)

@@ -18,6 +18,7 @@ def test_rules(name: str, dtype: str, title: str, options: dict[str, Any]) -> No
     assert make.of_rule(name, dtype, options) == STORED[name][dtype][title]
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_dropout(dtype: str) -> None:
     assert make.of_dropout(dtype) == STORED["Dropout"][dtype]

@@ -26,6 +26,7 @@ def job(name: str, clip_norm: float | None, seed: int, steps: int = 6, size: int
     return params, opt.state
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("num_threads", [1, 2, 3])
 def test_python_threads(num_threads: int) -> None:
     with threads(1):
@@ -51,6 +52,7 @@ def test_python_threads(num_threads: int) -> None:
     assert_same_tree(results, expected)
 
 
+@pytest.mark.smoke
 def test_threads_that_compile_the_same_new_rule_at_once() -> None:
     """Tracing and compiling are done once or several times over, but never half."""
 
@@ -192,6 +194,7 @@ print("done")
 """
 
 
+@pytest.mark.smoke
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 def test_fork() -> None:
     command = [sys.executable, "-W", "error", "-c", FORK, os.path.dirname(__file__)]
@@ -221,6 +224,7 @@ def test_a_pool_of_processes() -> None:
     assert done.stdout.strip() == "done", done.stderr
 
 
+@pytest.mark.smoke
 def test_the_interpreter_exits_while_a_pool_is_idle() -> None:
     code = (
         "import numpy as np, xpoptim as xo; xo.set_num_threads(2)\n"

@@ -37,6 +37,7 @@ class Stepping:
         return 1.0
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("name", CALLS)
 @pytest.mark.parametrize("quick", [False, True], ids=["first step", "later step"])
 def test_a_call_from_a_schedule_raises(name: str, quick: bool) -> None:
@@ -76,6 +77,7 @@ def hasty() -> Iterator[None]:
     sys.setswitchinterval(before)
 
 
+@pytest.mark.smoke
 @pytest.mark.usefixtures("hasty")
 def test_threads_wait_for_each_other() -> None:
     """Every step is made and counted, whichever thread makes it, with a schedule that lets others in."""
@@ -182,6 +184,7 @@ print(os.waitstatus_to_exitcode(os.waitpid(child[0], 0)[1]), opt.state["step"])
 """
 
 
+@pytest.mark.smoke
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 @pytest.mark.parametrize(("program", "printed"), [(FORKED, "0 2"), (FORKED_WITHIN, "3 3")], ids=["beside", "within"])
 def test_a_forked_child_starts_free(program: str, printed: str) -> None:
@@ -220,6 +223,7 @@ print(refused > 10)
 """
 
 
+@pytest.mark.smoke
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this system has no interval timer")
 def test_a_step_from_a_signal_handler_is_refused_within_one_and_made_outside() -> None:
     done = subprocess.run([sys.executable, "-c", HANDLER], capture_output=True, text=True, timeout=100, check=False)

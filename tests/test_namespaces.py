@@ -87,6 +87,7 @@ def test_array_api_strict_functional(name: str) -> None:
         close(p, expected[key], "float32")
 
 
+@pytest.mark.smoke
 def test_array_api_strict_state_resumes() -> None:
     start, gradients, _ = numpy_steps("Adam", "float32", {})
     params, opt = strict_copy(start), make_optimizer("Adam")

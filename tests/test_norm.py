@@ -110,6 +110,7 @@ def test_the_scale_is_at_most_one(engine: str) -> None:
         xo.SGD(lr=1.0, clip_norm=1.0).update(params, {"p": np.zeros(0)})
 
 
+@pytest.mark.smoke
 def test_pythagoras() -> None:
     assert scale_of({"a": np.array([2.0]), "b": np.array([2.0])}, 1.5) == 0.5  # with the probe's 1 the norm is 3
 
@@ -200,6 +201,7 @@ def test_weight_decay_and_maximize_are_not_in_the_norm() -> None:
     assert params["a"].tolist() == [100.0 - (-2.0 + 100.0)]
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("engine", ["reference", "auto"])
 @pytest.mark.parametrize("fresh", [True, False])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -281,6 +283,7 @@ def test_a_sum_over_tensors_that_overflows(engine: str) -> None:
         opt.update(params, grads)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("name", RULES)
 def test_whole_steps_are_the_same_on_any_engine_and_number_of_threads(name: str) -> None:
     results = []

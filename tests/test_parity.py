@@ -158,6 +158,7 @@ def test_all_triples_of_special_values(name: str, dtype: str, maximize: bool) ->
 # Layouts.
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_layouts(dtype: str, layout: str) -> None:
@@ -222,6 +223,7 @@ def test_byte_swapped_gradients_of_another_dtype() -> None:
 # Sizes and threads.
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("num_threads", [1, 2, 3])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ["SGD", "Adam"])
@@ -239,6 +241,7 @@ def test_threads_on_a_large_array(options: dict[str, Any], num_threads: int) -> 
     assert assert_parity(make, build, engine="fused", num_threads=num_threads) is None
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("num_threads", [1, 2])
 @pytest.mark.parametrize("clip_norm", [None, 3.0])
 def test_300_tensors(clip_norm: float | None, num_threads: int) -> None:
@@ -248,6 +251,7 @@ def test_300_tensors(clip_norm: float | None, num_threads: int) -> None:
     assert assert_parity(make, build, engine="fused", num_threads=num_threads) is None
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("size", [*range(18), 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257])
 def test_odd_tails(size: int) -> None:
     """Every length around the vector widths, at every start within a vector."""
@@ -263,6 +267,7 @@ def test_odd_tails(size: int) -> None:
     assert assert_parity(lambda: make_optimizer("Adam", clip_norm=0.7), build, engine="fused") is None
 
 
+@pytest.mark.smoke
 def test_nothing_is_written_outside_the_arrays() -> None:
     """Guard elements on both sides of every parameter stay as they are."""
     for dtype in DTYPES.values():
@@ -481,6 +486,7 @@ def test_the_table_is_what_numpy_says_on_ordinary_values(dtype: str) -> None:
     assert_same_tree(slots, expected)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("step", [0, 1, 9, 10**3, 10**6, 2**31 - 1, 2**31, 2**32 + 5, 2**40 - 1])
 def test_late_steps(step: int) -> None:
     """beta**t by repeated squaring, in the same order on both engines, however large t is."""
@@ -585,6 +591,7 @@ def test_random_bit_patterns(dtype: str, gradient_dtype: str, patterns: list[tup
     assert assert_parity(lambda: make_optimizer(name, clip_value=1e30), build, engine="fused") is None
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("source", ["float32", "float64"])
 @pytest.mark.parametrize("target", ["float16", "bfloat16"])
 def test_rounding_to_16_bits(source: str, target: str) -> None:

@@ -41,6 +41,7 @@ def machine_code(text: str, triple: str) -> str:
     return str(machine.emit_assembly(module))
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(("platform", "triple"), [(name, triple) for name in TARGETS for triple in TARGETS[name]])
 def test_the_helpers_code(platform: str, triple: str) -> None:
     text = crew._assembly(platform)
@@ -74,6 +75,7 @@ def test_the_clock_is_the_monotonic_one() -> None:
     assert f"@clock_gettime(i32 {time.CLOCK_MONOTONIC}, " in crew._assembly(sys.platform)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("platform", ["darwin", "freebsd14"])
 def test_a_step_with_helpers_on_a_platform_that_cannot_move_them(platform: str) -> None:
     code = f"""

@@ -12,6 +12,8 @@ import pytest
 
 import xpoptim as xo
 
+pytestmark = pytest.mark.smoke
+
 NAMES = {
     "SGD",
     "Momentum",

@@ -67,6 +67,7 @@ def _no_global_seed():
     random.seed(None)
 
 
+@pytest.mark.smoke
 class TestPhilox:
     @pytest.mark.parametrize(("counter", "key", "answer"), KNOWN_ANSWERS)
     def test_known_answers_of_the_oracle(self, counter, key, answer):
@@ -151,6 +152,7 @@ class TestWords:
             random.words(0, 0, 5, start_block=2**64 - 1)
 
 
+@pytest.mark.smoke
 class TestKeepMask:
     @pytest.mark.parametrize("ratio", [0.0, 1e-9, 2**-32, 0.1, 0.5, 1 - 2**-32, 1 - 2**-40, 1.0])
     def test_against_the_oracle(self, xp, ratio):
@@ -232,6 +234,7 @@ class TestStatistics:
         assert abs(correlation_in_sigmas(dropped[:-lag], dropped[lag:])) < 5
 
 
+@pytest.mark.smoke
 class TestGlobalSeed:
     def test_layers_are_numbered_from_zero(self):
         random.seed(5)

@@ -63,6 +63,7 @@ class HugePower(xo.Optimizer):
         return p + g * beta ** (big * big * big * big) + beta ** (-big)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("optimizer", [MinusZero, ScalarChoice, HugePower])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_scalars_and_constants_on_both_engines(optimizer: type, dtype: Any) -> None:
@@ -200,6 +201,7 @@ def test_layers_without_parameters() -> None:
     assert (params["net"][0]["W"] == 0).all()
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("nested", [False, True], ids=["in one call", "in steps"])
 @pytest.mark.parametrize("made", [True, False], ids=["after the kernel", "before the kernel"])
 def test_control_c_finds_the_step_counted_if_it_was_made(
@@ -244,6 +246,7 @@ def test_a_bad_number_of_threads_in_the_environment_changes_nothing() -> None:
     assert done.stdout == "0.0 0.0\n", done.stderr
 
 
+@pytest.mark.smoke
 def test_first_steps_of_many_threads_at_once() -> None:
     for _ in range(3):
         done = run_python(
@@ -267,6 +270,7 @@ def test_first_steps_of_many_threads_at_once() -> None:
         assert done.stdout == "6 1\n", (done.returncode, done.stderr)
 
 
+@pytest.mark.smoke
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 def test_fork_while_another_thread_compiles() -> None:
     done = run_python(
@@ -312,6 +316,7 @@ def outlive():
 """
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(
     ("when", "times"),
     [
@@ -328,6 +333,7 @@ def test_steps_when_the_interpreter_shuts_down(when: str, times: int) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "True True\n" * times, "")
 
 
+@pytest.mark.smoke
 def test_at_exit_a_compilation_in_a_daemon_thread_is_waited_for() -> None:
     """LLVM must not be at work when the process takes its libraries down: it would crash now and then."""
     done = run_python(
@@ -455,7 +461,14 @@ KINDS = ["flat", "nested", "schedule", "clip_norm", "two dtypes", "full"]
 
 
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this system has no interval timer")
-@pytest.mark.parametrize(("kind", "size"), [*((kind, 4) for kind in KINDS), ("flat", 200_000), ("nested", 600_000)])
+@pytest.mark.parametrize(
+    ("kind", "size"),
+    [
+        *((kind, 4) for kind in KINDS),
+        pytest.param("flat", 200_000, marks=pytest.mark.smoke),
+        pytest.param("nested", 600_000, marks=pytest.mark.smoke),
+    ],
+)
 def test_steps_are_counted_whatever_a_signal_handler_raises(kind: str, size: int) -> None:
     """At any bytecode: in the quick path, in the engine, while helpers are made or at work."""
     command = [sys.executable, "-c", SIGNALS, kind, str(size)]
@@ -463,6 +476,7 @@ def test_steps_are_counted_whatever_a_signal_handler_raises(kind: str, size: int
     assert (done.returncode, done.stdout) == (0, "0 True\n"), done.stderr
 
 
+@pytest.mark.smoke
 def test_what_a_signal_handler_assigns_is_not_lost() -> None:
     """An assignment in the middle of a step counts from the next step on, whatever the step had read by then."""
     opt, params, grads = xo.Momentum(lr=1.0, momentum=0.0), [np.zeros(3)], [np.ones(3)]

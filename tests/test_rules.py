@@ -30,6 +30,7 @@ import xpoptim as xo
 ENGINES = ("reference", "fused")
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("name", RULES)
 def test_rule_follows_its_oracle(name: str, engine: str) -> None:
@@ -238,6 +239,7 @@ PLAIN: dict[str, tuple[Callable[..., None], dict[str, float]]] = {
 }
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
 @pytest.mark.parametrize("name", PLAIN)
@@ -358,6 +360,7 @@ def test_negative_zero_and_zero_gradients() -> None:
         assert params["p"].tolist() == [1.0, -2.0, 3.0], name
 
 
+@pytest.mark.smoke
 def test_the_books_four_paths() -> None:
     """f = x²/20 + y² from (-7, 2), as in the book's figure: Python floats, 30 steps, settings of the figure."""
     settings = {

@@ -41,6 +41,7 @@ def stepped(opt: xo.Optimizer, engine: str) -> float:
     return -float(params["p"][0])
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("first", ENGINES)
 @pytest.mark.parametrize("second", ENGINES)
 def test_a_redefined_helper_counts_for_new_optimizers(first: str, second: str) -> None:
@@ -53,6 +54,7 @@ def test_a_redefined_helper_counts_for_new_optimizers(first: str, second: str) -
     assert stepped(old, second) == 1.0
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("engine", ENGINES)
 def test_an_assignment_that_changes_the_program_traces_again(engine: str) -> None:
     rule, place = scaled_rule()

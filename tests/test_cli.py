@@ -258,6 +258,7 @@ def test_info_works_where_everything_is_missing_or_broken(command):
         r"- llvmlite +cannot be imported \(libLLVM.so: cannot open\); pip install",
         r"- fused, CPU +cannot be imported \(libLLVM.so",
         r"- CuPy +cannot be imported \(not here\); pip install '\.\[cuda13\]'",
+        r"- NVRTC +missing: CuPy, .* cannot be imported: ImportError: not here\. Install .* '\.\[cuda13\]'",
         r"- CUDA +cannot be imported",
         r"- threads +XPOPTIM_NUM_THREADS is 'none'",
         r"- engine +XPOPTIM_ENGINE is 'warp'",
@@ -270,6 +271,37 @@ def test_info_says_why_there_is_no_cuda_device(command):
     done = command("info", stubs={"cupy": NO_DEVICE})
     assert (done.returncode, done.stderr) == (0, "")
     assert re.search(r"- CUDA +no device \(cudaErrorNoDevice: no CUDA-capable device is detected\)", done.stdout)
+
+
+NO_NVRTC = """
+import sys
+class nvrtc:
+    def getVersion():
+        raise RuntimeError("CuPy failed to load libnvrtc.so.13")
+cuda.nvrtc = nvrtc
+sys.modules["cupy.cuda"] = cuda
+"""
+
+
+def test_info_says_that_nvrtc_is_missing(command):
+    done = command("info", stubs={"cupy": NO_DEVICE + NO_NVRTC, "cuda": "raise ImportError"})
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.search(
+        r"- NVRTC +missing: NVRTC, .*CuPy failed to load libnvrtc.so.13\. .*nvidia-cuda-nvrtc", done.stdout
+    )
+
+
+def test_info_shows_the_compiler(command):
+    from xpoptim.engines import nvrtc
+
+    try:
+        major, minor = nvrtc.version()
+    except ImportError as error:
+        pytest.skip(str(error))
+    done = command("info", XPOPTIM_CACHE_DIR="/a folder")
+    assert re.search(rf"  NVRTC +{major}\.{minor}, through CuPy", done.stdout)
+    assert re.search(r"  compiles for +sm_\d+ to sm_\d+\n", done.stdout)
+    assert re.search(r"  kernel cache +/a folder\n", done.stdout)
 
 
 def test_info_in_colour_says_the_same(capsys):

@@ -1,10 +1,11 @@
 """CUDA text to cubins: the options take effect, the cache is safe, and a missing NVRTC is explained."""
 
 import os
-import re
+import struct
 import subprocess
 import sys
 import threading
+import types
 from pathlib import Path
 
 import pytest
@@ -38,14 +39,21 @@ def folder(tmp_path, monkeypatch):
     return tmp_path / "kernels"
 
 
-@pytest.fixture
-def no_library(monkeypatch):
-    """A search that finds what the test puts into the list."""
-    found: list[str] = []
-    monkeypatch.setattr(nvrtc, "_candidates", lambda: found)
-    nvrtc._library.cache_clear()
-    yield found
-    nvrtc._library.cache_clear()
+def put_binding(monkeypatch, get_version, pathfinder=None):
+    """A CuPy whose binding has this `getVersion` and nothing else, and a cuda-pathfinder; None: not installed."""
+    cuda = types.SimpleNamespace(nvrtc=types.SimpleNamespace(getVersion=get_version))
+    monkeypatch.setitem(sys.modules, "cupy", types.SimpleNamespace(cuda=cuda))
+    monkeypatch.setitem(sys.modules, "cupy.cuda", cuda)
+    monkeypatch.setitem(sys.modules, "cuda", pathfinder and types.SimpleNamespace(pathfinder=pathfinder))
+
+
+def fails(error):
+    """A function that raises `error`, whatever it is given."""
+
+    def raise_it(*_):
+        raise error
+
+    return raise_it
 
 
 def forbid_compiling(monkeypatch):
@@ -65,6 +73,15 @@ def test_cubin_is_machine_code_for_a_gpu(arch):
     assert image.startswith(b"\x7fELF")
     assert int.from_bytes(image[18:20], "little") == 190  # EM_CUDA
     assert b"update" in image
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_cubin_is_whole(arch):
+    """To the last byte of the program headers, which come last: CuPy's binding cuts that off."""
+    image = nvrtc.cubin(SOURCE, arch)
+    start, size, count = *struct.unpack_from("<Q", image, 32), *struct.unpack_from("<HH", image, 54)
+    assert len(image) == start + size * count
 
 
 @needs_nvrtc
@@ -89,8 +106,12 @@ def test_arithmetic_is_strict():
         ("-prec-sqrt=false", "sqrt.approx"),
     ],
 )
-def test_every_flag_matters(option, shows):
-    assert shows in nvrtc.ptx(SOURCE, "compute_90", [option])
+def test_every_flag_matters(option, shows, monkeypatch):
+    name = option.partition("=")[0]
+    flags = tuple(option if flag.startswith(name) else flag for flag in nvrtc.FLAGS)
+    assert flags != nvrtc.FLAGS
+    monkeypatch.setattr(nvrtc, "FLAGS", flags)  # NVRTC 12.4 refuses an option that is given twice
+    assert shows in nvrtc.ptx(SOURCE, "compute_90")
 
 
 @needs_nvrtc
@@ -125,6 +146,46 @@ def test_error_holds_log_and_numbered_text(folder):
     assert not folder.exists()  # nothing was kept
 
 
+class Counted:
+    """CuPy's binding, with a count of the programs alive; what `broken` names raises."""
+
+    def __init__(self, binding, broken):
+        self.alive, self._binding, self._broken = 0, binding, broken
+
+    def __getattr__(self, name):
+        if name == self._broken:
+            return fails(self._binding.NVRTCError(1))
+        return getattr(self._binding, name)
+
+    def createProgram(self, *arguments):
+        self.alive += 1
+        return self._binding.createProgram(*arguments)
+
+    def destroyProgram(self, program):
+        self.alive -= 1
+        self._binding.destroyProgram(program)
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("broken", ["", "compileProgram", "getCUBIN", "getProgramLog"])
+@pytest.mark.parametrize("source", [SOURCE, BROKEN], ids=["right", "wrong"])
+def test_no_program_is_left_over(broken, source, monkeypatch):
+    counted = Counted(nvrtc._nvrtc(), broken)
+    monkeypatch.setattr(nvrtc, "_nvrtc", lambda: counted)
+    if broken or source is BROKEN:
+        with pytest.raises(RuntimeError):
+            nvrtc.cubin(source, "sm_90")
+    else:
+        nvrtc.cubin(source, "sm_90")
+    assert counted.alive == 0
+
+
+@needs_nvrtc
+def test_error_in_other_letters_than_ascii():
+    with pytest.raises(nvrtc.CompileError, match="größe"):
+        nvrtc.cubin('extern "C" __global__ void f(float* p) { p[0] = nowhere; /* größe 大きさ */ }', "sm_90")
+
+
 @needs_nvrtc
 @pytest.mark.parametrize("arch", ["sm_35", "sm_60", "90", "compute_90"])
 def test_unknown_architecture(arch):
@@ -152,7 +213,7 @@ def test_all_that_matters_is_in_the_key(folder, monkeypatch):
     nvrtc.cubin(SOURCE, "sm_90")
     nvrtc.cubin(SOURCE + "// more", "sm_90")
     nvrtc.cubin(SOURCE, "sm_80")
-    nvrtc.cubin(SOURCE, "sm_90", ["-fmad=true"])
+    nvrtc.cubin(SOURCE, "sm_90", ["--maxrregcount=64"])
     monkeypatch.setattr(nvrtc, "version", lambda: (12, 99))
     nvrtc.cubin(SOURCE, "sm_90")
     assert len(list(folder.iterdir())) == 5
@@ -268,101 +329,103 @@ def test_without_a_home_memory_has_to_do(monkeypatch):
         assert nvrtc.cubin(SOURCE, "sm_90").startswith(b"\x7fELF")
 
 
-# --- the search
+# --- what is missing
 
 
-def test_missing_library_names_the_extra(no_library):
-    with pytest.raises(nvrtc.NVRTCNotFound) as caught:
+def test_without_cupy(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    monkeypatch.setitem(sys.modules, "cupy.cuda", None)
+    with pytest.raises(nvrtc.NVRTCNotFound, match=r"^CuPy, through which .* cannot be imported: ") as caught:
         nvrtc.cubin(SOURCE, "sm_90")
-    for hint in ("xpoptim[cuda13]", "xpoptim[cuda12]", "nvidia-cuda-nvrtc", "CUDA_PATH"):
+    for hint in ("'.[cuda13]'", "'.[cuda12]'", "nvidia-cuda-nvrtc", "cuda-pathfinder", "CUDA_PATH"):
         assert hint in str(caught.value)
     assert issubclass(nvrtc.NVRTCNotFound, ImportError)
 
 
-def test_missing_library_in_the_report(no_library):
+def test_broken_cupy(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cupy", types.SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "cupy.cuda", types.SimpleNamespace())
+    with pytest.raises(nvrtc.NVRTCNotFound, match="cannot be imported: ImportError: cannot import name 'nvrtc'"):
+        nvrtc.version()
+
+
+NOT_FOUND = RuntimeError("CuPy failed to load\nlibnvrtc.so.13.")  # with breaks, as pathfinder's messages have
+
+
+@pytest.mark.parametrize("finder", [None, fails(RuntimeError("not there either"))], ids=["no pathfinder", "not found"])
+def test_cupy_without_the_library(monkeypatch, finder):
+    pathfinder = finder and types.SimpleNamespace(load_nvidia_dynamic_lib=finder)
+    put_binding(monkeypatch, fails(NOT_FOUND), pathfinder)
+    with pytest.raises(nvrtc.NVRTCNotFound, match=r"found: RuntimeError: CuPy failed to load libnvrtc\.so\.13\. "):
+        nvrtc.architectures()
     report = nvrtc.describe()
-    assert report["NVRTC"].startswith("missing: ")
-    assert "xpoptim[cuda13]" in report["NVRTC"]
+    assert report["NVRTC"].startswith("missing: NVRTC, which compiles the CUDA kernels, was not found")
+    assert "'.[cuda13]'" in report["NVRTC"]
+    assert "\n" not in report["NVRTC"]
+
+
+def test_cupy_14_without_pathfinder(monkeypatch):
+    put_binding(monkeypatch, fails(ModuleNotFoundError("No module named 'cuda'")))
+    with pytest.raises(nvrtc.NVRTCNotFound, match="No module named 'cuda'"):
+        nvrtc.version()
+
+
+def test_cupy_13_is_given_what_pathfinder_loads(monkeypatch):
+    loaded = []
+
+    def get_version():
+        if not loaded:
+            raise NOT_FOUND
+        return 12, 4
+
+    put_binding(monkeypatch, get_version, types.SimpleNamespace(load_nvidia_dynamic_lib=loaded.append))
+    assert nvrtc.version() == (12, 4)
+    assert loaded == ["nvrtc"]
+    assert nvrtc.version() == (12, 4)
+    assert loaded == ["nvrtc"]  # asked for once
+
+
+def test_old_library_is_named(monkeypatch):
+    put_binding(monkeypatch, lambda: (11, 8))
+    with pytest.raises(nvrtc.NVRTCNotFound, match=r"NVRTC 11\.8 is too old"):
+        nvrtc.version()
+
+
+def test_library_is_found_once_it_is_there(monkeypatch):
+    put_binding(monkeypatch, fails(NOT_FOUND))
+    with pytest.raises(nvrtc.NVRTCNotFound):
+        nvrtc.version()
+    put_binding(monkeypatch, lambda: (13, 0))
+    assert nvrtc.version() == (13, 0)
 
 
 @needs_nvrtc
 def test_report():
+    import cupy
+
     report = nvrtc.describe()
     major, minor = nvrtc.version()
-    assert report["NVRTC"] == f"{major}.{minor}, {nvrtc.library_path()}"
+    assert report["NVRTC"] == f"{major}.{minor}, through CuPy {cupy.__version__}"
     assert "sm_" in report["compiles for"]
     assert report["kernel cache"] == os.environ["XPOPTIM_CACHE_DIR"]
 
 
-def test_unusable_library_is_named(no_library, tmp_path):
-    fake = tmp_path / "libnvrtc.so.13"
-    fake.write_text("no library")
-    no_library.append(str(fake))
-    with pytest.raises(nvrtc.NVRTCNotFound, match=f"not usable: {fake}"):
-        nvrtc.version()
-
-
 @needs_nvrtc
-def test_old_library_is_named(no_library, monkeypatch):
-    monkeypatch.setattr(nvrtc, "_version", lambda library: (11, 8))
-    no_library.extend(nvrtc._loaded())
-    with pytest.raises(nvrtc.NVRTCNotFound, match=r"version 11\.8 is too old"):
-        nvrtc.version()
-
-
-@needs_nvrtc
-def test_library_is_found_once_it_is_there(no_library):
-    with pytest.raises(nvrtc.NVRTCNotFound):
-        nvrtc.version()
-    no_library.extend(nvrtc._loaded())  # an earlier test has loaded it
-    assert nvrtc.version() >= nvrtc.OLDEST
-
-
-@pytest.mark.parametrize(("major", "first"), [(12, "12"), (13, "13"), (None, "13")])
-def test_cupys_version_is_preferred(no_library, tmp_path, monkeypatch, major, first):
-    for number in (13, 12):
-        fake = tmp_path / f"libnvrtc.so.{number}"
-        fake.write_text("no library")
-        no_library.append(str(fake))
-    monkeypatch.setattr(nvrtc, "_cupy_major", lambda: major)
-    with pytest.raises(nvrtc.NVRTCNotFound) as caught:
-        nvrtc.version()
-    tried = re.findall(r"libnvrtc\.so\.(\d+) \(", str(caught.value))  # in this order
-    assert sorted(tried) == ["12", "13"]
-    assert tried[0] == first
-
-
-def test_places(tmp_path, monkeypatch):
-    expected = [
-        "site/nvidia/cu13/lib/libnvrtc.so.13",
-        "site/nvidia/cuda_nvrtc/lib/libnvrtc.so.12",
-        "conda/lib/libnvrtc.so.13",
-        "conda/lib/libnvrtc.so.12",
-        "toolkit/lib64/libnvrtc.so",
-        "home/targets/x86_64-linux/lib/libnvrtc.so.12.9.86",
-    ]
-    ignored = [
-        "site/nvidia/cu13/lib/libnvrtc-builtins.so.13.0",
-        "site/nvidia/cuda_nvrtc/lib/libnvrtc.alt.so.12",
-        "site/nvidia/cublas/lib/libcublas.so.12",
-    ]
-    for name in expected + ignored:
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).touch()
-    monkeypatch.setattr(sys, "path", [str(tmp_path / "nothing"), str(tmp_path / "site")])
-    monkeypatch.setattr(sys, "prefix", str(tmp_path / "nothing"))
-    monkeypatch.setenv("CONDA_PREFIX", str(tmp_path / "conda"))
-    monkeypatch.setenv("CUDA_PATH", str(tmp_path / "toolkit"))
-    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "home"))
-    assert list(nvrtc._installed()) == [str(tmp_path / name) for name in expected]
-
-
-@needs_nvrtc
-def test_loaded_library_is_found_first():
-    loaded = list(nvrtc._loaded())
-    assert loaded
-    assert os.path.realpath(nvrtc.library_path()) in map(os.path.realpath, loaded)
-    assert nvrtc._candidates()[0] == loaded[0]
+def test_bfloat16_where_the_compiler_loads_cupy():
+    """CuPy knows the dtype only if ml_dtypes is there when it is imported: whoever imports it first."""
+    pytest.importorskip("ml_dtypes")
+    code = (
+        "import sys, numpy as np\n"
+        "from xpoptim.engines import nvrtc\n"
+        "assert 'cupy' not in sys.modules\n"
+        "nvrtc.version()\n"
+        "import ml_dtypes, cupy\n"
+        "a = np.ones(3, ml_dtypes.bfloat16)\n"
+        "memory = cupy.cuda.UnownedMemory(a.ctypes.data, a.nbytes, a, 0)\n"
+        "print(cupy.ndarray(a.shape, a.dtype, cupy.cuda.MemoryPointer(memory, 0)).dtype)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout == "bfloat16\n", done.stderr
 
 
 # --- what the driver may say
@@ -371,7 +434,7 @@ def test_loaded_library_is_found_first():
 @pytest.mark.parametrize(
     ("mine", "driver", "advice"),
     [
-        ((13, 5), 12080, r"xpoptim\[cuda12\]"),
+        ((13, 5), 12080, r"extra cuda12 and remove the wheel nvidia-cuda-nvrtc,"),
         ((13, 5), 13000, r"nvidia-cuda-nvrtc==13\.0\.\*"),
         ((12, 9), 12080, r"nvidia-cuda-nvrtc-cu12==12\.8\.\*"),
         ((13, 0), 13020, "another architecture"),

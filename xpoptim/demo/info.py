@@ -55,6 +55,7 @@ def gather() -> Sections:
         "Versions": versions(),
         "Engines": engines(cuda),
         "Devices": [probe("CPU", cpu), cuda],
+        "CUDA compiler": compiler(),
         "Settings": [probe("threads", threads), probe("engine", chosen_engine)],
     }
 
@@ -147,6 +148,13 @@ def fused_cuda(cuda: Row) -> Row:
     if not cuda.usable:
         return Row("fused, CUDA", False, cuda.text)
     return probe("fused, CUDA", lambda: step_on(load_cupy(), "fused") or "usable: CuPy arrays")
+
+
+def compiler() -> list[Row]:
+    """What makes kernels for GPUs, which needs none itself."""
+    from xpoptim.engines import nvrtc
+
+    return [Row(name, not text.startswith("missing: "), text) for name, text in nvrtc.describe().items()]
 
 
 def cpu() -> str:

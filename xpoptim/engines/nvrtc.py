@@ -1,13 +1,12 @@
-"""CUDA text to machine code, through NVRTC and ctypes alone: to compile takes neither CuPy nor a GPU.
+"""CUDA text to machine code, through CuPy's own binding of NVRTC: to compile takes CuPy, but no GPU.
 
-CuPy's own compile path adds ``-ftz=true`` to every kernel, which flushes subnormals and so changes bits;
-here `FLAGS` are the only options. What comes out is a cubin for one architecture, never PTX: a driver loads a
-cubin of any NVRTC of its own major version, a newer one too, but PTX only of an NVRTC no newer than itself.
+CuPy's compile path adds ``-ftz=true`` to every kernel, which flushes subnormals and so changes bits; here
+`FLAGS` are the only options. What comes out is a cubin for one architecture, never PTX: a driver loads a cubin
+of any NVRTC of its own major version, a newer one too, but PTX only of an NVRTC no newer than itself.
 
 The kernels include no header: NVRTC knows the vector types and intrinsics of CUDA by itself. So the NVRTC
-library is all that has to be installed. It is looked for among the libraries the process has loaded, in
-NVIDIA's wheels, in conda's folder, under ``CUDA_PATH`` and ``CUDA_HOME``, on the loader's path and in
-``/usr/local/cuda``; the first of the CUDA version that CuPy was built for is taken, or else the first.
+library is all that has to be installed. CuPy 14 finds it through cuda-pathfinder: in NVIDIA's wheels, in conda's
+folder, under ``CUDA_PATH`` and on the loader's path. CuPy 13 knows the loader's path alone, and is helped here.
 
 Cubins are kept in memory and, between processes, in the folder ``XPOPTIM_CACHE_DIR``, by default ``xpoptim``
 in the user's cache folder. A damaged file is compiled anew; without a folder to write to, memory has to do.
@@ -16,18 +15,15 @@ in the user's cache folder. A damaged file is compiled anew; without a folder to
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import functools
 import hashlib
 import json
 import os
 import re
-import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 # Strict IEEE 754: no contraction, no flushing of subnormals, correctly rounded division and square root.
 FLAGS = ("-fmad=false", "-ftz=false", "-prec-div=true", "-prec-sqrt=true", "--std=c++17")
@@ -38,14 +34,14 @@ OLDEST = (12, 1)
 OLDEST_ARCHITECTURE = 70
 
 _INSTALL = (
-    "Install it with pip install 'xpoptim[cuda13]', or 'xpoptim[cuda12]' where CuPy is for CUDA 12; its "
-    "wheel is nvidia-cuda-nvrtc, or nvidia-cuda-nvrtc-cu12. Or let CUDA_PATH name a CUDA toolkit (12.1 or "
-    "later)."
+    "Install what is missing with pip install '.[cuda13]' in xpoptim's source folder, or '.[cuda12]' where the driver "
+    "is for CUDA 12: CuPy, NVRTC (the wheel nvidia-cuda-nvrtc, or nvidia-cuda-nvrtc-cu12) and cuda-pathfinder, by "
+    "which it is found. In place of the wheel CUDA_PATH may name a CUDA toolkit (12.1 or later)."
 )
 
 
 class NVRTCNotFound(ImportError):
-    """There is no usable NVRTC library; the message says what to install and what was found instead."""
+    """There is no CuPy or no usable NVRTC; the message says what to install and what was found instead."""
 
 
 class CompileError(RuntimeError):
@@ -76,9 +72,8 @@ class Resources:
 def cubin(source: str, arch: str, options: Sequence[str] = ()) -> bytes:
     """Machine code of ``source`` for ``arch`` (``"sm_90"``), from the cache where it was compiled before.
 
-    ``options`` come after `FLAGS`; of two that contradict each other NVRTC takes the last. Raises
-    `NVRTCNotFound` if there is no NVRTC, ValueError if it does not know the architecture, and `CompileError`
-    if it refuses the text.
+    ``options`` come after `FLAGS`, none of which they may name again. Raises `NVRTCNotFound` if there is no NVRTC,
+    ValueError if it does not know the architecture, and `CompileError` if it refuses the text.
     """
     if arch not in architectures():
         raise ValueError(
@@ -95,7 +90,7 @@ def cubin(source: str, arch: str, options: Sequence[str] = ()) -> bytes:
 
 def ptx(source: str, arch: str, options: Sequence[str] = ()) -> str:
     """The text as PTX for ``arch`` (``"compute_90"``), to read its operations and accesses in. Not cached."""
-    return _compile(source, (*FLAGS, f"-arch={arch}", *options), "PTX")[0].rstrip(b"\0").decode()
+    return _compile(source, (*FLAGS, f"-arch={arch}", *options), "PTX")[0].decode()
 
 
 def resources(source: str, arch: str, options: Sequence[str] = ()) -> dict[str, Resources]:
@@ -116,35 +111,21 @@ def resources(source: str, arch: str, options: Sequence[str] = ()) -> dict[str, 
 
 def _compile(source: str, arguments: Sequence[str], product: str) -> tuple[bytes, str]:
     """The product, "CUBIN" or "PTX", and NVRTC's log."""
-    library = _library()
-    program = ctypes.c_void_p()
-    text = source.encode()
-    _check(library, library.nvrtcCreateProgram(ctypes.byref(program), text, b"kernel.cu", 0, None, None))
+    nvrtc = _nvrtc()
+    program = nvrtc.createProgram(source, "kernel.cu", (), ())
     try:
-        array = (ctypes.c_char_p * len(arguments))(*(argument.encode() for argument in arguments))
-        status = library.nvrtcCompileProgram(program, len(arguments), array)
-        log = _fetch(library, program, "ProgramLog").rstrip(b"\0").decode(errors="replace")
-        if status:
-            reason = library.nvrtcGetErrorString(status).decode()
-            numbered = "\n".join(f"{number:5}  {line}" for number, line in enumerate(source.splitlines(), 1))
-            used = " ".join(arguments)
-            raise CompileError(f"NVRTC could not compile the kernel ({reason}) with {used}:\n{log}\n{numbered}")
-        return _fetch(library, program, product), log
+        nvrtc.compileProgram(program, arguments)
+        # CuPy cuts the last byte off, as a terminator. PTX has one, but a cubin ends with the upper end of a number,
+        # which is zero.
+        image = nvrtc.getPTX(program) if product == "PTX" else nvrtc.getCUBIN(program) + b"\0"
+        return image, nvrtc.getProgramLog(program)
+    except nvrtc.NVRTCError as error:
+        numbered = "\n".join(f"{number:5}  {line}" for number, line in enumerate(source.splitlines(), 1))
+        used = " ".join(arguments)
+        log = nvrtc.getProgramLog(program)
+        raise CompileError(f"NVRTC could not compile the kernel ({error}) with {used}:\n{log}\n{numbered}") from error
     finally:
-        library.nvrtcDestroyProgram(ctypes.byref(program))
-
-
-def _fetch(library: ctypes.CDLL, program: ctypes.c_void_p, product: str) -> bytes:
-    size = ctypes.c_size_t()
-    _check(library, getattr(library, f"nvrtcGet{product}Size")(program, ctypes.byref(size)))
-    buffer = ctypes.create_string_buffer(size.value)
-    _check(library, getattr(library, f"nvrtcGet{product}")(program, buffer))
-    return buffer.raw
-
-
-def _check(library: ctypes.CDLL, status: int) -> None:
-    if status:
-        raise RuntimeError(f"NVRTC failed: {library.nvrtcGetErrorString(status).decode()}")
+        nvrtc.destroyProgram(program)
 
 
 # --- what there is, and what to say where something is missing
@@ -152,30 +133,23 @@ def _check(library: ctypes.CDLL, status: int) -> None:
 
 def version() -> tuple[int, int]:
     """NVRTC's version: ``(13, 0)`` is CUDA 13.0. Raises `NVRTCNotFound`."""
-    return _version(_library())
-
-
-def library_path() -> str:
-    """The NVRTC library in use. Raises `NVRTCNotFound`."""
-    return str(_library()._name)
+    return _version(_nvrtc())
 
 
 def architectures() -> tuple[str, ...]:
     """What kernels can be compiled for, oldest first: ``("sm_75", "sm_80", ...)``. Raises `NVRTCNotFound`."""
-    library = _library()
-    count = ctypes.c_int()
-    _check(library, library.nvrtcGetNumSupportedArchs(ctypes.byref(count)))
-    numbers = (ctypes.c_int * count.value)()
-    _check(library, library.nvrtcGetSupportedArchs(numbers))
-    return tuple(f"sm_{number}" for number in sorted(numbers) if number >= OLDEST_ARCHITECTURE)
+    numbers = sorted(_nvrtc().getSupportedArchs())
+    return tuple(f"sm_{number}" for number in numbers if number >= OLDEST_ARCHITECTURE)
 
 
 def describe() -> dict[str, str]:
     """A report for people: NVRTC, its architectures, the cache's folder, or what is missing. Never raises."""
     try:
         known = architectures()
+        import cupy
+
         report = {
-            "NVRTC": f"{_dotted(version())}, {library_path()}",
+            "NVRTC": f"{_dotted(version())}, through CuPy {cupy.__version__}",
             "compiles for": f"{known[0]} to {known[-1]}",
         }
     except Exception as error:  # a report has to survive whatever a broken installation does
@@ -194,7 +168,7 @@ def load_error(error: Exception, arch: str, driver: int) -> RuntimeError:
     if mine[0] > its[0]:
         advice = (
             "NVRTC may not be of a newer major version than the driver: install "
-            f"'xpoptim[cuda{its[0]}]', or a newer driver."
+            f"xpoptim's extra cuda{its[0]} and remove the wheel nvidia-cuda-nvrtc, or install a newer driver."
         )
     elif mine > its:
         wheel = "nvidia-cuda-nvrtc-cu12" if its[0] == 12 else "nvidia-cuda-nvrtc"
@@ -214,106 +188,47 @@ def _dotted(number: tuple[int, int]) -> str:
 # --- the library
 
 
-@functools.cache
-def _library() -> ctypes.CDLL:
-    """The first usable candidate. A failure is not remembered, so that what is installed later is found."""
-    wanted = _cupy_major()
-    rejected = []
-    # The sort is stable: CuPy's major version first, otherwise the order of the search.
-    for path in sorted(_candidates(), key=lambda path: wanted is not None and _major(path) != wanted):
-        try:
-            library = _declare(ctypes.CDLL(path))
-            found = _version(library)
-        except (OSError, AttributeError) as error:
-            if os.sep in path:  # a name that the loader does not know is no news
-                rejected.append(f"{path} ({error})")
-            continue
-        if found >= OLDEST:
-            return library
-        rejected.append(f"{path} (version {_dotted(found)} is too old)")
-    unusable = f" Found, but not usable: {', '.join(rejected)}." if rejected else ""
-    raise NVRTCNotFound(f"NVRTC, which compiles the CUDA kernels, was not found. {_INSTALL}{unusable}")
+def _nvrtc() -> Any:
+    """CuPy's binding to a usable library. A failure is not remembered, so that what is installed later is found."""
+    try:
+        from cupy.cuda import nvrtc
+    except Exception as error:  # a broken installation may raise anything
+        raise NVRTCNotFound(
+            f"CuPy, through which NVRTC compiles the CUDA kernels, cannot be imported: {_one_line(error)}. {_INSTALL}"
+        ) from error
+    try:
+        found = _version(nvrtc)
+    except Exception as error:  # CuPy 13: RuntimeError; CuPy 14: what cuda-pathfinder raises
+        raise NVRTCNotFound(
+            f"NVRTC, which compiles the CUDA kernels, was not found: {_one_line(error)}. {_INSTALL}"
+        ) from error
+    if found < OLDEST:
+        raise NVRTCNotFound(f"NVRTC {_dotted(found)} is too old for the CUDA kernels. {_INSTALL}")
+    return nvrtc
 
 
-def _candidates() -> list[str]:
-    """Files, and names for the loader, that may be an NVRTC library: each once, the preferred first."""
-    places = [*_loaded(), *_installed(), "libnvrtc.so.13", "libnvrtc.so.12", *_toolkit("/usr/local/cuda")]
-    return list(dict.fromkeys(places))
+def _version(nvrtc: Any) -> tuple[int, int]:
+    try:
+        return nvrtc.getVersion()
+    except RuntimeError:
+        if not _loaded():
+            raise
+        return nvrtc.getVersion()
 
 
-def _loaded() -> Iterator[str]:
-    """What this process has loaded already, by way of CuPy for one."""
-    with contextlib.suppress(OSError):  # there is no such file but on Linux
-        for line in Path("/proc/self/maps").read_text().splitlines():
-            if match := re.search(r" (/.*/libnvrtc\.so[.\d]*)$", line):
-                yield match[1]
+def _loaded() -> bool:
+    """Load NVRTC for CuPy 13, which asks for it by its name alone and is given what is loaded already."""
+    try:
+        from cuda import pathfinder
+
+        pathfinder.load_nvidia_dynamic_lib("nvrtc")
+    except (ImportError, RuntimeError):  # the latter where pathfinder does not find it either
+        return False
+    return True
 
 
-def _installed() -> Iterator[str]:
-    """In NVIDIA's wheels (CUDA 13 has one folder, CUDA 12 one a library), conda and a named toolkit."""
-    for entry in sys.path:
-        nvidia = Path(entry, "nvidia")
-        for wheel in (*sorted(nvidia.glob("cu[0-9]*"), reverse=True), nvidia / "cuda_nvrtc"):
-            yield from _libraries(wheel / "lib")
-    for prefix in (os.environ.get("CONDA_PREFIX"), sys.prefix):
-        if prefix:
-            yield from _libraries(Path(prefix, "lib"))
-    for variable in ("CUDA_PATH", "CUDA_HOME"):
-        if root := os.environ.get(variable):
-            yield from _toolkit(root)
-
-
-def _toolkit(root: str) -> Iterator[str]:
-    for folder in (Path(root, "lib64"), Path(root, "lib"), *Path(root).glob("targets/*/lib")):
-        yield from _libraries(folder)
-
-
-def _libraries(folder: Path) -> list[str]:
-    found = (str(path) for path in folder.glob("libnvrtc.so*"))
-    return sorted(found, key=lambda path: _major(path) or 0, reverse=True)
-
-
-def _major(path: str) -> int | None:
-    """12 of ``libnvrtc.so.12``; a name without a number is a link to one that has it."""
-    for name in (path, os.path.realpath(path)):
-        if match := re.search(r"libnvrtc\.so\.(\d+)", name):
-            return int(match[1])
-    return None
-
-
-def _cupy_major() -> int | None:
-    """The CUDA version of the CuPy wheel, from its metadata, without importing it; None without a wheel."""
-    for major in (13, 12):
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            metadata.version(f"cupy-cuda{major}x")
-            return major
-    return None
-
-
-def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
-    """Name the types of the arguments, since ctypes would cut pointers to 32 bits."""
-    pointer, text, number = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int
-    signatures = {
-        "nvrtcVersion": [pointer, pointer],
-        "nvrtcGetNumSupportedArchs": [pointer],
-        "nvrtcGetSupportedArchs": [pointer],
-        "nvrtcGetErrorString": [number],
-        "nvrtcCreateProgram": [pointer, text, text, number, pointer, pointer],
-        "nvrtcCompileProgram": [pointer, number, pointer],
-        "nvrtcDestroyProgram": [pointer],
-    }
-    for product in ("ProgramLog", "CUBIN", "PTX"):
-        signatures[f"nvrtcGet{product}Size"] = signatures[f"nvrtcGet{product}"] = [pointer, pointer]
-    for name, arguments in signatures.items():
-        getattr(library, name).argtypes = arguments
-    library.nvrtcGetErrorString.restype = text
-    return library
-
-
-def _version(library: ctypes.CDLL) -> tuple[int, int]:
-    major, minor = ctypes.c_int(), ctypes.c_int()
-    _check(library, library.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor)))
-    return major.value, minor.value
+def _one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split()).rstrip(".")
 
 
 # --- the cache

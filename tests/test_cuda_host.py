@@ -13,6 +13,7 @@ from cuda_host.host_kernel import (
     to_cupy,
     to_numpy,
 )
+from helpers import make_optimizer
 
 WHY_NOT = missing()
 pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
@@ -273,6 +274,16 @@ def test_text_that_does_not_compile():
 
 
 # --- what it sees
+
+
+def test_parameters_of_another_layout_do_not_compile():
+    """The checks that a text makes of its parameters' layout hold for g++ as they do for NVRTC."""
+    source = make_optimizer("Adam").source("cuda")
+    HostModule(source)
+    right, wrong = "XP_OFFSET(Row, first) == 40", "XP_OFFSET(Row, first) == 44"
+    assert source.count(right) == 1
+    with pytest.raises(RuntimeError, match="static assertion failed"):
+        HostModule(source.replace(right, wrong))
 
 
 @BOTH_ORDERS

@@ -8,12 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cuda_host.rules import Everything, Names
+from cuda_host.rules import Assign, Everything, Names
 from helpers import COMPLEX_DTYPES, DTYPES, REAL_DTYPES, RULES, make_optimizer
 
 import xpoptim as xo
+from xpoptim import _dropout
 from xpoptim.engines import cuda, nvrtc
 from xpoptim.fusion import cuda as text
+from xpoptim.fusion import cuda_blocks
 from xpoptim.fusion.program import Program
 
 try:
@@ -23,6 +25,8 @@ except ImportError as error:
 
 ARCHITECTURES = ("sm_80", "sm_90")
 PARAMETERS = 32_764  # bytes that a kernel may take
+# ptxas before CUDA 12.8 keeps a few numbers of a thread in memory around the subroutines of division and square root.
+SPILLED = 16 if nvrtc.version() < (12, 8) else 0  # bytes
 REGISTERS = 128  # a thread: two blocks of 256 threads fit on a multiprocessor, enough to keep its memory busy
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -65,7 +69,7 @@ def check_resources(source: str, names: set[str], architectures: tuple[str, ...]
         report = nvrtc.resources(source, arch)
         assert set(report) == names
         for name, used in report.items():
-            assert not used.spills, f"{name} for {arch}: {used}"
+            assert max(used.stack, used.spill_stores, used.spill_loads) <= SPILLED, f"{name} for {arch}: {used}"
             assert used.registers <= REGISTERS, f"{name} for {arch}: {used}"
 
 
@@ -151,28 +155,94 @@ def test_names_of_slots_and_hyperparameters() -> None:
 # --- sizes
 
 
-def c_sizes(source: str, expected: dict[str, int]) -> None:
-    """What C++ makes of the structs is what NumPy makes of them, or the text does not compile."""
-    checks = "".join(f'static_assert({what} == {size}, "{what}");\n' for what, size in expected.items())
-    nvrtc.ptx(source + checks, "compute_90")
-    wrong = f"static_assert({next(iter(expected))} != {next(iter(expected.values()))});\n"
+def by_value_texts() -> dict[str, str]:
+    """A text with each struct that a kernel takes by value."""
+    adam = make_optimizer("Adam", clip_norm=1.0)
+    return {
+        "update": text.update_source(program(adam, "float16"), 8),
+        "update in double": text.update_source(program(adam, "complex128"), 8),
+        "a table in memory": text.update_source(program(adam, "float32"), 1),
+        "norm": text.norm_source(program(adam, "float32", kind="norm"), 8),
+        "no scalars": text.update_source(program(Assign(), "float32"), 8),
+        "prologue": text.prologue_source(program(adam, "float32")),
+        "upload": text.UPLOAD_SOURCE,
+        "dropout": cuda_blocks.source(_dropout.kernel("float32").program),
+        "no words": cuda_blocks.source(_dropout.scaling_kernel("float64").program),
+    }
+
+
+def test_every_by_value_parameter_is_checked() -> None:
+    """The size of each struct, and the size and the place of each of its members: no more and no fewer."""
+    for name, source in by_value_texts().items():
+        structs = set(re.findall(r"const (\w+) __grid_constant__", source))
+        structs |= {"Row"} & set(re.findall(r"struct (\w+) ", source))
+        assert structs, name
+        for struct in structs:
+            body = re.search(rf"struct {struct} {{(.*?)}};", source, re.DOTALL)
+            assert body is not None
+            members = re.findall(r"(\w+)(?:\[\d+\])?;", body[1])
+            assert members
+            assert f"static_assert(sizeof({struct}) == " in source, name
+            checks = re.findall(rf"\(XP_OFFSET\({struct}, (\w+)\) == \d+ && sizeof\({struct}::(\w+)\) == \d+\)", source)
+            assert checks == [(member, member) for member in members], name
+        nvrtc.ptx(source, "compute_90")
+
+
+def wrong(dtype: np.dtype, mistake: str) -> np.dtype:
+    """A dtype with a mistake in its last members, of which there are as many as it takes."""
+    assert dtype.fields is not None
+    assert dtype.names is not None
+    fields = {name: dtype.fields[name][0] for name in dtype.names}
+    last = dtype.names[-1]
+    if mistake == "order":
+        *front, one, two = dtype.names
+        assert fields[one].itemsize == fields[two].itemsize
+        return np.dtype([(name, fields[name]) for name in (*front, two, one)], align=True)
+    if mistake == "another number":
+        number, shape = fields[last].base, fields[last].shape
+        fields[last] = np.dtype((f"{number.kind}{12 - number.itemsize}", shape))
+    elif mistake == "one more":
+        fields[last] = np.dtype((fields[last].base, (fields[last].shape[0] + 1,)))
+    return np.dtype(list(fields.items()), align=True)
+
+
+# Where a dtype is made, and how it can be wrong.
+WRONG = [
+    (text, "row_dtype", "order"),
+    (text, "row_dtype", "another number"),
+    (text, "table_dtype", "another number"),
+    (text, "table_dtype", "one more"),
+    (text, "inputs_dtype", "another number"),
+    (text, "inputs_dtype", "one more"),
+    (cuda_blocks, "scalars_dtype", "another number"),
+    (cuda_blocks, "scalars_dtype", "one more"),
+    (cuda_blocks, "words_dtype", "another number"),
+    (cuda_blocks, "words_dtype", "one more"),
+]
+
+
+def source_with(module: Any, name: str, mistake: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A text for which the layout of a parameter was taken from a wrong dtype."""
+    right = getattr(module, name)
+    monkeypatch.setattr(module, name, lambda *given: wrong(right(*given), mistake))
+    if module is cuda_blocks:
+        return cuda_blocks.source(_dropout.kernel("float32").program)
+    return text.source(program(make_optimizer("Adam"), "float32"))
+
+
+@pytest.mark.parametrize(("module", "name", "mistake"), WRONG)
+def test_a_wrong_dtype_does_not_compile(module: Any, name: str, mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(nvrtc.CompileError, match="static assertion failed"):
-        nvrtc.ptx(source + wrong, "compute_90")
+        nvrtc.ptx(source_with(module, name, mistake, monkeypatch), "compute_90")
 
 
-@pytest.mark.parametrize("dtype", ["float16", "float64"])
-@pytest.mark.parametrize("rule", ["SGD", "Adam"])
-def test_numpy_and_c_agree_on_the_table(rule: str, dtype: str) -> None:
-    opt = make_optimizer(rule, clip_norm=1.0)
-    for kind in ("update", "norm"):
-        found = program(opt, dtype, kind=kind)
-        source = (text.update_source if kind == "update" else text.norm_source)(found, 8)
-        row, table = text.row_dtype(found), text.table_dtype(found, 8)
-        assert row.fields is not None
-        assert table.fields is not None
-        offsets = {f"__builtin_offsetof(Row, {name})": row.fields[name][1] for name in row.fields}
-        offsets |= {f"__builtin_offsetof(Table, {name})": table.fields[name][1] for name in table.fields}
-        c_sizes(source, {"sizeof(Row)": row.itemsize, "sizeof(Table)": table.itemsize, **offsets})
+@pytest.mark.parametrize("mistake", ["another number", "one more"])
+def test_a_wrong_dtype_of_the_upload_does_not_compile(mistake: str) -> None:
+    right = text.layout_checks(Piece=text.PIECE_DTYPE)
+    assert right in text.UPLOAD_SOURCE
+    source = text.UPLOAD_SOURCE.replace(right, text.layout_checks(Piece=wrong(text.PIECE_DTYPE, mistake)))
+    with pytest.raises(nvrtc.CompileError, match="static assertion failed"):
+        nvrtc.ptx(source, "compute_90")
 
 
 def parameter_bytes(ptx: str) -> int:

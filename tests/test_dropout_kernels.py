@@ -224,7 +224,8 @@ class TestLargeBlockIndexes:
         with host_memory():
             memory = to_cupy(x)
             pointer = np.uint64((memory.data.ptr - shift) % 2**64)
-            values = (blocks._by_value(scalars), blocks._by_value(words))
+            program = kernel.program
+            values = (scalars.view(cuda_blocks.scalars_dtype(program)), words.view(cuda_blocks.words_dtype(program)))
             HostModule(text).get_function("blocks")((2,), (THREADS,), (pointer, pointer, np.int64(numbers), *values))
             found = to_numpy(memory)
         drawn = random.words(SEED, 5, n, start_block=start)

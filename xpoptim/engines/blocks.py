@@ -88,9 +88,9 @@ class Kernel:
         per_thread = len(self.program.lanes) * cuda_blocks.blocks_of_a_thread(self.program)
         grid = -(-numbers // (per_thread * THREADS))
         function = cuda.kernel(self._cuda, "blocks", x.device.id)
-        driver.launch(function, grid, THREADS, (x, y, np.int64(numbers), _by_value(scalars), _by_value(words)))
-
-
-def _by_value(values: np.ndarray) -> np.ndarray:
-    """The values as one structured element, which a kernel gets by value."""
-    return values.view(np.dtype([("at", values.dtype, (values.size,))])).reshape(1)
+        # One structured element each, which a kernel gets by value.
+        by_value = (
+            scalars.view(cuda_blocks.scalars_dtype(self.program)),
+            words.view(cuda_blocks.words_dtype(self.program)),
+        )
+        driver.launch(function, grid, THREADS, (x, y, np.int64(numbers), *by_value))

@@ -99,7 +99,7 @@ class _Table:
             piece = np.zeros((1, text.UPLOAD_WORDS), np.uint64)
             part = words[at : at + text.UPLOAD_WORDS]
             piece[0, : part.size] = part
-            value = piece.view(np.dtype([("words", np.uint64, (text.UPLOAD_WORDS,))])).reshape(1)
+            value = piece.view(text.PIECE_DTYPE).reshape(1)
             driver.launch(self._upload_kernel, 16, text.THREADS, (value, np.uint32(part.size), self._memory[at:]))
         self._uploaded = now
 
@@ -314,7 +314,7 @@ class Plan:
         driver.launch(function, 1, 1, (self._inputs(values), counter.state, scalars, totals, *flags))
 
     def _inputs(self, values: list[float]) -> np.ndarray:
-        inputs = np.zeros(1, np.dtype([("at", np.float64, (len(self.recipe.inputs),))]))
+        inputs = np.zeros(1, text.inputs_dtype(len(self.recipe.inputs)))
         inputs["at"][0, : len(values)] = values
         return inputs
 

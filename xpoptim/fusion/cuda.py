@@ -61,6 +61,14 @@ __device__ __forceinline__ unsigned short float_to_bfloat(float x) {
 }
 """
 
+_OFFSET = """\
+#if defined(__CUDACC__) && !__has_builtin(__builtin_offsetof)  // NVRTC up to 13.0, which has it under this name alone
+#define XP_OFFSET(type, member) __INTADDR__(&((type*)0)->member)
+#else
+#define XP_OFFSET(type, member) __builtin_offsetof(type, member)
+#endif
+"""
+
 _INTEGER_POWER = """\
 __device__ double integer_power(double x, double exponent) {  // repeated squaring, low bit first
     const double size = fabs(exponent);
@@ -133,6 +141,7 @@ def prologue_source(program: Program) -> str:
 struct Inputs {{
     double at[{count}];
 }};
+{layout_checks(Inputs=inputs_dtype(count))}
 
 // state: applied steps, skipped steps, whether this step is skipped, then the inputs, for replays.
 extern "C" __global__ void prologue(const Inputs __grid_constant__ inputs, double* state, {real}* scalars,
@@ -157,12 +166,26 @@ extern "C" __global__ void set_inputs(const Inputs __grid_constant__ inputs, dou
 """
 
 
+def layout_checks(**structs: np.dtype) -> str:
+    """Text that does not compile unless C++ lays out each struct as NumPy the dtype of which its values are made."""
+    lines = [_OFFSET]
+    for struct, dtype in structs.items():
+        lines.append(f"static_assert(sizeof({struct}) == {dtype.itemsize});\n")
+        assert dtype.fields is not None
+        for name, (member, offset, *_) in dtype.fields.items():
+            place, size = f"XP_OFFSET({struct}, {name}) == {offset}", f"sizeof({struct}::{name}) == {member.itemsize}"
+            lines.append(f"static_assert({place} && {size});\n")
+    return "".join(lines)
+
+
 # Copies a piece of a large table, which arrives by value, into device memory: in stream order, and nothing waits.
 UPLOAD_WORDS = 4000
+PIECE_DTYPE = np.dtype([("words", np.uint64, (UPLOAD_WORDS,))])
 UPLOAD_SOURCE = f"""\
 struct Piece {{
     unsigned long long words[{UPLOAD_WORDS}];
 }};
+{layout_checks(Piece=PIECE_DTYPE)}
 extern "C" __global__ void upload(const Piece __grid_constant__ piece, unsigned count, unsigned long long* to) {{
     for (unsigned i = blockIdx.x * {THREADS} + threadIdx.x; i < count; i += gridDim.x * {THREADS}) {{
         to[i] = piece.words[i];
@@ -193,6 +216,11 @@ def table_dtype(program: Program, rows: int) -> np.dtype:
     real = np.float32 if program.compute == "float32" else np.float64
     fields = [("rows", row_dtype(program), (rows,)), ("scalars", real, (max(1, len(program.scalars)),))]
     return np.dtype(fields, align=True)
+
+
+def inputs_dtype(count: int) -> np.dtype:
+    """The inputs of a scalar program as NumPy sees them."""
+    return np.dtype([("at", np.float64, (count,))])
 
 
 def name_of(buffer: Buffer) -> str:
@@ -329,7 +357,8 @@ def _row(buffers: tuple[Buffer, ...], written: set[int]) -> str:
 
 def _table(program: Program, rows: int, real: str) -> str:
     count = max(1, len(program.scalars))
-    return f"struct Table {{\n    Row rows[{rows}];\n    {real} scalars[{count}];\n}};\n"
+    checks = layout_checks(Row=row_dtype(program), Table=table_dtype(program, rows))
+    return f"struct Table {{\n    Row rows[{rows}];\n    {real} scalars[{count}];\n}};\n{checks}"
 
 
 def _load_scalars(program: Program) -> str:

@@ -6,13 +6,39 @@ time, and draws a block's words once.
 
 from __future__ import annotations
 
-from .cuda import _BYTES, _NARROW, _TYPE, _WIDEN, THREADS, _load_scalars, _operand, _pack, _preamble, _real, _statement
+import numpy as np
+
+from .cuda import (
+    _BYTES,
+    _NARROW,
+    _TYPE,
+    _WIDEN,
+    THREADS,
+    _load_scalars,
+    _operand,
+    _pack,
+    _preamble,
+    _real,
+    _statement,
+    layout_checks,
+)
 from .program import BlockProgram
 
 
 def blocks_of_a_thread(program: BlockProgram) -> int:
     """How many blocks fill the 16 bytes of an access."""
     return max(1, 16 // (len(program.lanes) * _BYTES[_real(program.buffers[0])]))
+
+
+def scalars_dtype(program: BlockProgram) -> np.dtype:
+    """The scalars, which go by value, as NumPy sees them."""
+    real = np.float32 if program.compute == "float32" else np.float64
+    return np.dtype([("at", real, (max(1, len(program.scalars)),))])
+
+
+def words_dtype(program: BlockProgram) -> np.dtype:
+    """The words, which go by value, as NumPy sees them."""
+    return np.dtype([("at", np.uint32, (max(1, len(program.words)),))])
 
 
 def source(program: BlockProgram) -> str:
@@ -28,7 +54,7 @@ struct Scalars {{
 struct Words {{
     unsigned at[{max(1, len(program.words))}];
 }};
-
+{layout_checks(Scalars=scalars_dtype(program), Words=words_dtype(program))}
 // The new numbers of a block in the place of its old ones.
 __device__ __forceinline__ void block({real}* number, unsigned low, unsigned high, const {real}* scalars,
                                       const unsigned* word) {{

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Compiles the CUDA kernels with other versions of CuPy and NVRTC: an environment for each pair, and in a process of its
-# own the tests that need no GPU. And environments without NVRTC, where the report has to say what is missing.
+# own the tests that need no GPU; what is asked of CuPy is held against the functions that it has. And environments
+# without NVRTC, where the report has to say what is missing.
 #
 #     tests/nvrtc_versions.sh [folder for the environments, by default a new one that is removed afterwards]
 #
@@ -30,13 +31,14 @@ check() {
     echo "== ${*:-no CuPy}"
     if [[ ! -x $python ]]; then
         "${PYTHON:-python3}" -m venv "$work/$name"
-        "$python" -m pip install -q numpy llvmlite array-api-compat ml_dtypes pytest hypothesis "$@" ||
+        "$python" -m pip install -q numpy llvmlite array-api-compat ml_dtypes pytest pytest-timeout hypothesis "$@" ||
             { rm -rf "${work:?}/$name"; status=1; return; }
     fi
     found=$("$python" -c "$report") || true
     echo "NVRTC: $found"
     [[ $found == "$expected"* ]] || { echo "FAILED: expected $expected"; status=1; }
-    "$python" -m pytest -q -p no:cacheprovider tests/test_nvrtc.py tests/test_cuda_text.py || status=1
+    "$python" -m pytest -q -p no:cacheprovider tests/test_nvrtc.py tests/test_cuda_text.py tests/test_own_libraries.py ||
+        status=1
 }
 
 check '12.4, through CuPy 13.' 'cupy-cuda12x==13.*' 'nvidia-cuda-nvrtc-cu12==12.4.*' 'cuda-pathfinder==1.3.4'

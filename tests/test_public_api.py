@@ -178,5 +178,10 @@ def test_imports_point_one_way(folder: str, forbidden: tuple[str, ...]) -> None:
         assert wrong == set(), path.name
 
 
+def test_namespaces_know_no_other_part() -> None:
+    assert imported(ROOT / "namespaces.py") == {"xpoptim", "xpoptim.cupy_namespace"}
+    assert imported(ROOT / "cupy_namespace.py") == set()
+
+
 def test_the_optimizer_does_not_know_the_optimizers() -> None:
     assert not {name for name in imported(ROOT / "optimizer.py") if name.startswith("xpoptim.optimizers")}

@@ -10,13 +10,13 @@ import numbers
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any, NoReturn
 
 import numpy as np
 
 from . import habits
 from .fusion.dtypes import COMPLEX_DTYPES, REAL_DTYPES
+from .namespaces import detached, device_of, dtype_name, namespace, namespace_name
 
 _LONE = "param"
 
@@ -191,53 +191,6 @@ def gather(tree: Any, shape: Skeleton, leaves: list[Any], *, exact: bool = False
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Arrays
-
-
-_numpy_name = lru_cache(maxsize=256)(lambda dtype: dtype.name)  # NumPy takes a microsecond to spell it
-
-
-def dtype_name(array: Any) -> str:
-    """The dtype as NumPy spells it, whatever the namespace."""
-    dtype = array.dtype
-    if isinstance(dtype, np.dtype):  # NumPy, CuPy, JAX
-        return _numpy_name(dtype)
-    return str(dtype).rsplit(".", 1)[-1]  # torch.float32, array_api_strict.float32
-
-
-def namespace_name(x: Any) -> str | None:
-    """``"numpy"``, ``"cupy"``, ``"torch"``, ``"jax"``, another namespace's name, or None if ``x`` is no array."""
-    if isinstance(x, np.ndarray | np.generic):
-        return "numpy"
-    import array_api_compat as compat
-
-    if not compat.is_array_api_obj(x):
-        return None
-    for name in ("cupy", "torch", "jax"):
-        if getattr(compat, f"is_{name}_array")(x):
-            return name
-    return compat.array_namespace(x).__name__
-
-
-def namespace(x: Any) -> Any:
-    """The Array API namespace of an array."""
-    if isinstance(x, np.ndarray):
-        return np  # an Array API namespace since NumPy 2.1; to import the wrapped one takes 70 ms
-    import array_api_compat as compat
-
-    return compat.array_namespace(x)
-
-
-def device_of(x: Any) -> Any:
-    if isinstance(x, np.ndarray):
-        return "cpu"
-    import array_api_compat as compat
-
-    return compat.device(x)
-
-
-def detached(x: Any) -> Any:
-    """The same memory outside of a framework's automatic differentiation."""
-    return x.detach() if hasattr(x, "detach") else x
 
 
 def _is_number(x: Any) -> bool:

@@ -13,8 +13,8 @@ import numpy as np
 from .engines import blocks
 from .engines.selection import selected
 from .fusion.dtypes import COMPLEX_DTYPES, REAL_DTYPES, compute_dtype
-from .leaves import device_of, dtype_name, namespace, namespace_name
 from .memory import extent, overlap, overlaps_itself
+from .namespaces import device_of, dtype_name, namespace, namespace_name, space_of
 from .random import on_gpu
 
 # Elements that the reference handles at once, so that temporaries stay in the cache whatever the size of x. On a GPU
@@ -83,9 +83,7 @@ def _check_out(name: str, x: Any, out: Any, space: str) -> None:
 
 def on_device(xp: Any, device: Any) -> AbstractContextManager[Any]:
     """A block in which CuPy, which allocates and computes on the current GPU, does so on the array's own."""
-    from array_api_compat import is_cupy_namespace
-
-    if device is None or not is_cupy_namespace(xp):
+    if device is None or space_of(xp) != "cupy":
         return nullcontext()
     from .engines import driver
 
@@ -97,12 +95,10 @@ def on_device(xp: Any, device: Any) -> AbstractContextManager[Any]:
 
 def reference(leaf: Operand, keep: Any, scale: float, definition: Definition) -> Any:
     """The definition carried out on a whole array, real or complex, piece by piece; a keep of None keeps all."""
-    from array_api_compat import is_jax_namespace
-
     xp, x, out = leaf.xp, leaf.x, leaf.out
     factor = xp.asarray(scale, dtype=getattr(xp, compute_dtype(leaf.dtype)), device=leaf.device)
     keep = None if keep is None else xp.broadcast_to(keep, x.shape)
-    if is_jax_namespace(xp):
+    if space_of(xp) == "jax":
         return _immutable(leaf, keep, factor, definition)
     if out is None:
         out = xp.empty_like(x)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .leaves import namespace, namespace_name
+from .namespaces import namespace, namespace_name
 
 
 def dense_alike(arrays: list[Any]) -> bool:

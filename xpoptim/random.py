@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .atomic import Atomic
+from .namespaces import space_of, standard
 
 __all__ = ["seed", "words"]
 
@@ -130,14 +131,14 @@ def words(seed: int, stream: int, n: int, xp: Any = None, *, start_block: int = 
     def convert(lib: Any, lane: Any) -> Any:
         return lib.astype(lane, lib.uint32)
 
-    return _draw(convert, "uint32", seed, stream, n, start_block, _namespace(xp), device)
+    return _draw(convert, "uint32", seed, stream, n, start_block, standard(xp), device)
 
 
 def keep_mask(
     seed: int, stream: int, shape: tuple[int, ...], ratio: float, *, xp: Any = None, device: Any = None
 ) -> Any:
     """A bool array, True where dropout keeps the element: where its word is at least :func:`threshold`."""
-    xp = _namespace(xp)
+    xp = standard(xp)
     limit = threshold(ratio)
     if limit in (0, 2**32):  # nothing or everything is dropped: no word needs to be drawn
         return xp.full(shape, limit == 0, dtype=xp.bool, device=device)
@@ -170,14 +171,12 @@ def _draw(
     device: Any,
 ) -> Any:
     """``convert(lane)`` of ``n`` words, piece by piece, so that no temporary grows with ``n``."""
-    from array_api_compat import is_torch_namespace
-
     if not _has_wrapping_products(xp):
-        on_host = _draw(convert, dtype, seed, stream, n, start_block, _namespace(None), None)
+        on_host = _draw(convert, dtype, seed, stream, n, start_block, np, None)
         return xp.asarray(on_host)
 
     # torch has no uint64 arithmetic; its int64 product wraps to the same bits.
-    signed = is_torch_namespace(xp)
+    signed = space_of(xp) == "torch"
     mulhilo, lane_dtype = (_mulhilo_signed, xp.int64) if signed else (_mulhilo_unsigned, xp.uint64)
     piece = PIECE_ON_GPU if on_gpu(xp, device) else PIECE_ON_HOST
     keys = round_keys(seed)
@@ -195,9 +194,7 @@ def _draw(
 
 def on_gpu(xp: Any, device: Any) -> bool:
     """Whether operations of ``xp`` on a device are launches of kernels."""
-    from array_api_compat import is_cupy_namespace
-
-    return is_cupy_namespace(xp) or "cuda" in str(device)
+    return space_of(xp) == "cupy" or "cuda" in str(device)
 
 
 def _blocks(n: int) -> int:
@@ -212,24 +209,9 @@ def _pieces(start: int, stop: int, piece: int) -> Iterator[tuple[int, int]]:
         start = end
 
 
-def _namespace(xp: Any) -> Any:
-    """``xp`` (NumPy if None) under Array API names, which torch's own module, for one, does not have."""
-    from array_api_compat import array_namespace
-
-    return array_namespace((np if xp is None else xp).empty(0))
-
-
 def _has_wrapping_products(xp: Any) -> bool:
     """Whether ``xp`` multiplies 64-bit integers modulo 2**64; the standard leaves it open, hence a list."""
-    from array_api_compat import (
-        is_array_api_strict_namespace,
-        is_cupy_namespace,
-        is_numpy_namespace,
-        is_torch_namespace,
-    )
-
-    known = (is_numpy_namespace, is_cupy_namespace, is_torch_namespace, is_array_api_strict_namespace)
-    return any(is_known(xp) for is_known in known)
+    return space_of(xp) in ("numpy", "cupy", "torch", "array_api_strict")
 
 
 # --- Seeds ----------------------------------------------------------------------------------------------

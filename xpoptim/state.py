@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from .fusion.dtypes import slot_dtype
-from .leaves import Leaf, device_of, dtype_name, namespace, namespace_name
+from .leaves import Leaf
 from .memory import copied
+from .namespaces import device_of, dtype_name, namespace, namespace_name
 
 State = dict[str, Any]
 Slots = Mapping[str, Any]  # names of slots with their start: a number, or a function of the parameter

@@ -165,7 +165,7 @@ class EmulatedGPU(GPU):
 @contextlib.contextmanager
 def emulated_gpu(*, backward: bool = False) -> Iterator[EmulatedGPU]:
     """Run the CUDA engine on the host; ``backward`` runs threads and blocks in descending order."""
-    import array_api_compat.cupy
+    from xpoptim import cupy_namespace
 
     gpu = EmulatedGPU()
     replaced = mock.patch.multiple(
@@ -185,7 +185,7 @@ def emulated_gpu(*, backward: bool = False) -> Iterator[EmulatedGPU]:
     text_as_image = mock.patch.object(nvrtc, "cubin", lambda source, arch, options=(): source.encode())
     no_functions: Any = mock.patch.object(cuda, "_functions", {})
     makers = mock.patch.multiple(
-        array_api_compat.cupy,
+        cupy_namespace,
         zeros_like=lambda array, dtype=None: gpu.full_like(array, 0, dtype),
         full_like=gpu.full_like,
         asarray=gpu.asarray,

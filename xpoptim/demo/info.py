@@ -74,7 +74,9 @@ def versions() -> list[Row]:
         Row("xpoptim", True, xo.__version__),
         Row("Python", True, f"{platform.python_version()} on {platform.platform()}"),
         Row("NumPy", True, np.__version__),
-        installed("array-api-compat", "array_api_compat", "pip install array-api-compat"),
+        installed(
+            "array-api-compat", "array_api_compat", "for arrays of torch, JAX and others: pip install array-api-compat"
+        ),
         probe("llvmlite", llvmlite_version),
         installed("ml_dtypes", "ml_dtypes", "optional, for bfloat16: pip install ml_dtypes"),
         probe("CuPy", lambda: load_cupy().__version__),

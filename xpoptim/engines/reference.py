@@ -16,7 +16,8 @@ from ..fusion.norm import chunk_sums, fold
 from ..fusion.ops import BOOL, TABLE, Op, Type
 from ..fusion.program import Node, Program
 from ..fusion.scalars import evaluate
-from ..leaves import Leaf, device_of, dtype_name, namespace
+from ..leaves import Leaf
+from ..namespaces import device_of, dtype_name, namespace
 from ..recipe import Recipe, Traced
 
 

@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from ..namespaces import device_of
+
 CHUNK = 4096
 LANES = 256
 
@@ -21,7 +23,7 @@ def chunk_sums(xp: Any, squares: Any) -> Any:
     """One float64 sum for each chunk of a one-dimensional float64 array."""
     missing = -squares.shape[0] % CHUNK
     if missing:
-        squares = xp.concat([squares, xp.zeros((missing,), dtype=xp.float64, device=_device(squares))])
+        squares = xp.concat([squares, xp.zeros((missing,), dtype=xp.float64, device=device_of(squares))])
     rows = xp.reshape(squares, (-1, CHUNK // LANES, LANES))
     lanes = xp.zeros_like(rows[:, 0, :])
     for row in range(CHUNK // LANES):
@@ -37,7 +39,7 @@ def fold(xp: Any, sums: Any) -> Any:
     """The sum of a tensor from the sums of its chunks: neighbours are added until one is left."""
     while sums.shape[0] > 1:
         if sums.shape[0] % 2:
-            sums = xp.concat([sums, xp.zeros((1,), dtype=xp.float64, device=_device(sums))])
+            sums = xp.concat([sums, xp.zeros((1,), dtype=xp.float64, device=device_of(sums))])
         sums = sums[0::2] + sums[1::2]
     return sums[0]
 
@@ -46,9 +48,3 @@ def add_in_order(sums: Any) -> float:
     """The tensors' sums, one after the other; the caller has sorted them by key."""
     with np.errstate(over="ignore", invalid="ignore"):
         return float(np.add.accumulate(np.asarray(sums, np.float64))[-1]) if len(sums) else 0.0
-
-
-def _device(array: Any) -> Any:
-    from array_api_compat import device
-
-    return device(array)

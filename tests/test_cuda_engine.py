@@ -92,6 +92,25 @@ def test_gradient_dtypes(gpu: GPU) -> None:
     assert gpu.count("update") == 2 * (16 + 4)
 
 
+@pytest.mark.parametrize("offset", [0, 1, 3])
+def test_what_lies_on_16_bytes_goes_16_bytes_at_a_time(offset: int, gpu: GPU) -> None:
+    """Without the text's loop over single elements, the head and the tail are left as they were, and nothing else."""
+    source, changed = text.update_source, []
+
+    def without_single_elements(*arguments: Any) -> str:
+        changed.append(source(*arguments).replace("i < count - body", "i < 0"))
+        assert changed[-1] != source(*arguments)
+        return changed[-1]
+
+    p = gpu.array(np.zeros(1003, np.float32), 4 * offset)
+    with mock.patch.object(text, "update_source", without_single_elements):
+        xo.SGD(lr=1.0).update({"p": p}, {"p": gpu.array(np.ones(1003, np.float32), 4 * offset)})
+    assert changed
+    head = -offset % 4
+    body = (1003 - head) // 4 * 4
+    assert gpu.to_numpy(p).tolist() == [0.0] * head + [-1.0] * body + [0.0] * (1003 - head - body)
+
+
 @pytest.mark.parametrize("name", ["float16", "float32", "complex128"])
 def test_each_buffer_aligned_in_its_own_way(name: str, gpu: GPU) -> None:
     dtype, slot_dtype = DTYPES[name], SLOT_DTYPES[name]

@@ -715,6 +715,21 @@ class TestEmulatedGPU:
 @on_host
 class TestLaunches:
     @EVERY_DTYPE
+    def test_aligned_arrays_go_16_bytes_at_a_time(self, dtype):
+        """Without the text's loops over single elements, all is done in arrays on 16 bytes, and nothing in others."""
+        kernel, size = _dropout.kernel(dtype.name), THREADS * 16
+        text = kernel._cuda.replace("if (k < count)", "if (false)")
+        x = values((size,), dtype)
+        expected = xo.dropout(x, 0.4, seed=1, stream=2, inverted=True)
+        with emulated_gpu(), mock.patch.dict(vars(kernel), {"_cuda": text}):
+            for offset, other in ((0, 0), (dtype.itemsize % 16, 0), (0, dtype.itemsize % 16)):
+                source, out = like(x, offset), like(np.zeros_like(x), other)
+                drop = xo.Dropout(0.4, inverted=True, seed=1)
+                drop.load_state_dict(drop.state_dict() | {"call": 1})
+                drop.forward(source, out=out)
+                assert_same_bits(to_numpy(out), np.zeros_like(x) if offset or other else expected)
+
+    @EVERY_DTYPE
     def test_the_least_grid_that_covers_the_elements(self, dtype):
         """A thread takes 16 bytes, and at least the four elements of a block of random words."""
         of_a_block = THREADS * max(4, 16 // dtype.itemsize)

@@ -151,15 +151,16 @@ class Plan:
         row = start = 0
         for (dtype, g_dtype), members in by_dtypes.items():
             passes = {kind: _Pass(kernel) for kind, kernel in kernels(traced, dtype, g_dtype).items()}
-            group = _Group(passes, members, first=row, start=start, total=0, elements=0)
+            first, begin = row, start
             for i in members:
-                self._fill(row, start - group.start, i, leaves[i])
+                self._fill(row, start - begin, i, leaves[i])
                 self._starts[i] = start
                 start += -(-self._lengths[i] // CHUNK) * CHUNK
                 row += 1
-            group.total = start - group.start
-            group.elements = sum(self._lengths[i] for i in members)
-            self._groups.append(group)
+            elements = sum(self._lengths[i] for i in members)
+            self._groups.append(
+                _Group(passes, members, first=first, start=begin, total=start - begin, elements=elements)
+            )
         self._sums = np.zeros(start // CHUNK + 1)
         self._first_chunks = np.array(self._starts, np.int64) // CHUNK
         self._long = [i for i, length in enumerate(self._lengths) if length > CHUNK]

@@ -22,6 +22,9 @@ from xpoptim.leaves import pairs
 if reason := missing():
     pytest.skip(reason, allow_module_level=True)
 
+import cupy  # after ml_dtypes, which `helpers` has imported: so it knows bfloat16
+
+THERE_IS_A_GPU = cupy.cuda.is_available()
 BOTH_ORDERS = pytest.mark.parametrize("backward", [False, True])
 
 
@@ -80,7 +83,7 @@ def test_indices_beyond_32_bits() -> None:
 def test_without_nvrtc(gpu: EmulatedGPU) -> None:
     """The error says what to install, and nothing has changed; not even what another dtype's kernel could update."""
     params = {"a": like(np.ones(3, np.float32)), "b": like(np.ones(3))}
-    grads = {key: like(to_numpy(p)) for key, p in params.items()}
+    grads = {key: like(gpu.to_numpy(p)) for key, p in params.items()}
     for options in ({}, {"clip_norm": 1.0}, {"capturable": True}):
         opt = make_optimizer("Adam", **options)
         refuse = nvrtc.NVRTCNotFound("install it with pip install '.[cuda13]'")
@@ -111,7 +114,7 @@ def test_without_nvrtc_the_message_names_the_extra(gpu: EmulatedGPU) -> None:
     ):
         opt.update(params, {"W": like(np.ones(3))})
     assert opt.state["step"] == 0
-    assert_same_bits(to_numpy(params["W"]), np.ones(3))
+    assert_same_bits(gpu.to_numpy(params["W"]), np.ones(3))
 
 
 REAL_CUBIN = nvrtc.cubin
@@ -119,9 +122,7 @@ REAL_CUBIN = nvrtc.cubin
 
 def test_without_a_device() -> None:
     """CuPy says so itself; nothing has changed."""
-    import cupy
-
-    if cupy.cuda.is_available():
+    if THERE_IS_A_GPU:
         pytest.skip("there is a GPU")
     with host_memory():
         params, grads = {"W": like(np.ones(3))}, {"W": like(np.ones(3))}
@@ -154,17 +155,15 @@ def test_arguments_of_a_wrong_size_are_seen(gpu: EmulatedGPU) -> None:
 
 def test_cupy_takes_the_arguments(gpu: EmulatedGPU) -> None:
     """CuPy turns them into parameters before it calls the driver, which is as far as it gets without one."""
-    import cupy
-
-    if cupy.cuda.is_available():
+    if THERE_IS_A_GPU:
         pytest.skip("there is a GPU, and tests/gpu launches on it")
     function = cupy.cuda.function.Function.__new__(cupy.cuda.function.Function)
-    calls = []
+    calls, launched = [], driver.launch
 
     def launch(kernel: Any, grid: int, block: int, arguments: tuple[Any, ...]) -> None:
         with pytest.raises(cupy.cuda.runtime.CUDARuntimeError):
             function((grid,), (block,), arguments, stream=SimpleNamespace(ptr=0))
-        gpu.launch(kernel, grid, block, arguments)
+        launched(kernel, grid, block, arguments)
         calls.append(kernel.name)
 
     params = {f"{i}": np.ones(5 * (i % 9 == 0), np.float32) for i in range(700)}
@@ -176,8 +175,6 @@ def test_cupy_takes_the_arguments(gpu: EmulatedGPU) -> None:
 
 
 def test_a_cubin_that_the_driver_refuses() -> None:
-    import cupy
-
     class Refused(Exception):
         pass
 

@@ -5,6 +5,7 @@ cuda_host/emulated.py says what cannot be seen this way. tests/gpu runs the same
 """
 
 import contextlib
+import copy
 import itertools
 import pickle
 import threading
@@ -47,7 +48,7 @@ from helpers import (
 )
 
 import xpoptim as xo
-from xpoptim.engines import cuda, driver
+from xpoptim.engines import cuda, driver, reference
 from xpoptim.fusion import cuda as text
 from xpoptim.fusion.norm import CHUNK
 from xpoptim.leaves import pairs
@@ -563,19 +564,220 @@ def test_two_devices(gpu: GPU) -> None:
             assert opt.state["slots"]["m"][key].device.id == d
 
 
-def test_second_device_alone(gpu: GPU) -> None:
-    params = {"W": random_values(np.random.default_rng(0), (5000,), np.dtype(np.float32))}
-    for options in ({}, {"clip_norm": 0.5}, {"capturable": True}):
+def on_second(gpu: GPU, values: np.ndarray, number: int = 0) -> Any:
+    """An array on device 1, which is never the current one."""
+    return gpu.array(values, number % 3 * values.itemsize, device=1)
+
+
+THREE_OPTIONS = pytest.mark.parametrize(
+    "options", [{}, {"clip_norm": 0.5}, {"capturable": True}], ids=["plain", "norm", "capturable"]
+)
+
+
+@THREE_OPTIONS
+@pytest.mark.parametrize("layout", ["C", "fortran", "columns"])
+def test_second_device_alone(layout: str, options: dict[str, Any], gpu: GPU) -> None:
+    """Slots, dense copies and copies in C order are made where the parameters lie, whichever device is current."""
+    params = {"W": random_values(np.random.default_rng(0), (30, 170), np.dtype(np.float32))}
+    other = {"C": "fortran", "fortran": "C", "columns": "C"}[layout]
+    for gradient_layout in (layout, other):
         follow(
             gpu,
             partial(make_optimizer, "Adam", **options),
             params,
             [alike(params, seed=step, special=0) for step in range(3)],
-            place=lambda gpu, p, _: gpu.array(p, device=1),
-            place_gradient=lambda gpu, g, _: gpu.array(g, device=1),
+            place=lambda gpu, p, _: gpu.array(LAYOUTS[layout](p), device=1),
+            place_gradient=lambda gpu, g, _: gpu.array(LAYOUTS[gradient_layout](g), device=1),  # noqa: B023
         )
         assert set(gpu.devices) == {1}
+        assert gpu.device == 0
         gpu.take()
+
+
+def test_conversions_on_the_second_device(gpu: GPU) -> None:
+    """A real gradient of a complex parameter, and a number as the gradient of an array without axes."""
+    params = {"z": random_values(np.random.default_rng(0), (50,), np.dtype(np.complex64)), "x": np.array(2.0)}
+    opt, expected_opt, on_gpu = make_optimizer("Adam"), make_optimizer("Adam"), moved(gpu, params, on_second)
+    for step in range(3):
+        g = random_values(np.random.default_rng(step), (50,), np.dtype(np.float32))
+        opt.update(on_gpu, {"z": on_second(gpu, g), "x": 0.5})
+        expected_opt.update(params, {"z": g, "x": 0.5})
+        assert_same(gpu, opt, on_gpu, expected_opt, params)
+
+
+def test_slots_start_on_the_device_of_their_parameter(gpu: GPU) -> None:
+    class Starts(xo.Optimizer):
+        slots = {"h": 0.1, "x0": lambda p: p, "ones": lambda p: np.float64(1.0)}  # noqa: RUF012
+
+        @staticmethod
+        def rule(xp: Any, p: Any, g: Any, h: Any, x0: Any, ones: Any) -> Any:
+            return p - g, h + ones, x0, ones * h
+
+    params = trees({name: DTYPES[name] for name in ("float16", "float32", "complex64")}, special=0)
+    gradients = [alike(params, seed=step, special=0) for step in range(3)]
+    follow(gpu, Starts, params, gradients, place=on_second, place_gradient=on_second)
+
+
+def place_on_both(gpu: GPU, values: np.ndarray, number: int) -> Any:
+    """On the one device, then on the other, and NumPy arrays between."""
+    return values.copy() if number % 3 == 2 else gpu.array(values, device=number % 3)
+
+
+@THREE_OPTIONS
+def test_two_devices_and_the_host(options: dict[str, Any], gpu: GPU) -> None:
+    params = trees({name: DTYPES[name] for name in ("float32", "complex64")}, special=0)
+    gradients = [alike(params, seed=step, special=0) for step in range(3)]
+    make = partial(make_optimizer, "Adam", **options)
+    follow(gpu, make, params, gradients, place=place_on_both, place_gradient=place_on_both)
+
+
+@THREE_OPTIONS
+@pytest.mark.parametrize("place", [on_second, place_on_both])
+def test_states_on_the_second_device(place: Callable[..., Any], options: dict[str, Any], gpu: GPU) -> None:
+    """Copies of a state, and what is made of a pickled one, go on where the parameters lie."""
+    params = trees({name: DTYPES[name] for name in ("float32", "complex64")}, special=0)
+    params["fortran"] = np.asfortranarray(params["float32 (7, 9)"])
+    make = partial(make_optimizer, "Adam", **options)
+
+    def loaded(opt: xo.Optimizer) -> xo.Optimizer:
+        new = make()
+        new.load_state_dict(opt.state_dict())
+        return new
+
+    def pickled(opt: xo.Optimizer) -> xo.Optimizer:
+        return pickle.loads(pickle.dumps(opt))
+
+    opt, expected_opt, on_gpu = make(), make(), moved(gpu, params, place)
+    for step, renew in enumerate((None, loaded, copy.copy, copy.deepcopy, pickled, None)):
+        opt = renew(opt) if renew else opt
+        assert gpu.device == 0
+        grads = alike(params, seed=step, special=0)
+        opt.update(on_gpu, moved(gpu, grads, place))
+        expected_opt.update(params, grads)
+        assert_same(gpu, opt, on_gpu, expected_opt, params)
+        for key, p in on_gpu.items():
+            assert opt.state["slots"]["m"][key].device == p.device
+
+
+@pytest.mark.parametrize("options", [{}, {"clip_norm": 0.5}], ids=["plain", "norm"])
+@pytest.mark.parametrize("place", [on_second, place_on_both])
+def test_apply_on_the_second_device(place: Callable[..., Any], options: dict[str, Any], gpu: GPU) -> None:
+    params = trees({name: DTYPES[name] for name in ("float32", "complex64")}, special=0)
+    opt, on_gpu = make_optimizer("Adam", **options), moved(gpu, params, place)
+    state, expected_state = opt.init(on_gpu), opt.init(params)
+    for step in range(3):
+        grads = alike(params, seed=step, special=0)
+        on_gpu, state = opt.apply(on_gpu, moved(gpu, grads, place), state)
+        params, expected_state = opt.apply(params, grads, expected_state)
+        assert_same_tree(gpu.host(on_gpu), params)
+        assert_same_tree(gpu.host(state), expected_state)
+    assert gpu.device == 0
+
+
+def test_overlapping_gradients_on_the_second_device(gpu: GPU) -> None:
+    values = random_values(np.random.default_rng(0), (2000,), np.dtype(np.float32))
+    for options in ({}, {"clip_norm": 0.5}):
+        opt, expected_opt = make_optimizer("Momentum", **options), make_optimizer("Momentum", **options)
+        room, expected = on_second(gpu, values), values.copy()
+        for _ in range(3):
+            opt.update({"W": room[:1000]}, {"W": room[3:1003]})
+            expected_opt.update({"W": expected[:1000]}, {"W": expected[3:1003].copy()})
+            assert_same(gpu, opt, room, expected_opt, expected)
+    assert gpu.device == 0
+
+
+def test_capture_on_the_second_device(gpu: GPU) -> None:
+    """Whether a capture is going on is asked of the stream that the step runs on."""
+    import cupy
+
+    params = {"W": random_values(np.random.default_rng(0), (50,), np.dtype(np.float32))}
+    opt, expected_opt = (make_optimizer("Adam", clip_norm=0.5, capturable=True) for _ in range(2))
+    on_gpu, grads = moved(gpu, params, on_second), alike(params, seed=0, special=0)
+    buffers = moved(gpu, grads, on_second)
+    opt.update(on_gpu, buffers)
+    expected_opt.update(params, grads)
+    gpu.host(on_gpu)  # the other stream is not ordered behind the first
+    with cupy.cuda.Device(1):
+        stream = cupy.cuda.Stream(non_blocking=True)
+        with stream:
+            stream.begin_capture()
+            with pytest.raises(RuntimeError, match="cannot be captured"), cupy.cuda.Device(0):
+                make_optimizer("Adam").update(on_gpu, buffers)
+            with cupy.cuda.Device(0):
+                opt.update(on_gpu, buffers)
+            graph = stream.end_capture()
+            for _ in range(2):
+                with cupy.cuda.Device(0):
+                    opt.prepare_replay()
+                graph.launch(stream)
+                expected_opt.update(params, grads)
+    assert_same(gpu, opt, on_gpu, expected_opt, params)
+
+
+def test_plain_operations_run_where_the_arrays_lie(gpu: GPU) -> None:
+    """The reference engine and plain rules: CuPy's operations are asked for on the device of each parameter."""
+    params = {"a": gpu.array(np.ones(3)), "b": on_second(gpu, np.ones(3))}
+    asked = []
+
+    def note(name: str, result: Any) -> Any:
+        def run(*arguments: Any) -> Any:
+            leaf = next(x for x in arguments if hasattr(x, "key"))
+            asked.append((name, leaf.key, gpu.device))
+            return result(leaf)
+
+        return run
+
+    noted = mock.patch.multiple(
+        reference,
+        squares_sum=note("norm", lambda leaf: 1.0),
+        computed=note("computed", lambda leaf: [leaf.p, *leaf.slots]),
+        write=note("write", lambda leaf: None),
+    )
+    with xo.engine("reference"), noted:
+        make_optimizer("Adam", clip_norm=1.0).update(params, dict(params))
+    assert {(name, key) for name, key, _ in asked} == {
+        (name, key) for name in ("norm", "computed", "write") for key in "ab"
+    }
+    assert all(device == (key == "b") for _, key, device in asked)
+
+
+@pytest.mark.parametrize("layout", ["C", "columns"])
+def test_dropout_on_the_second_device(layout: str, gpu: GPU) -> None:
+    x = random_values(np.random.default_rng(0), (13, 17), np.dtype(np.float32))
+    there, here = (xo.Dropout(0.5, seed=1, inverted=True) for _ in range(2))
+    on_gpu = gpu.array(LAYOUTS[layout](x), device=1)
+    for call in ("forward", "backward"):
+        y = getattr(there, call)(on_gpu)
+        assert y.device.id == 1
+        assert_same_bits(gpu.host(y), getattr(here, call)(x))
+    assert_same_bits(gpu.host(there.forward(on_gpu, train_flg=False)), here.forward(x, train_flg=False))
+    out = gpu.array(np.zeros((17, 13), np.float32), device=1).T
+    there.forward(on_gpu, out=out)
+    assert_same_bits(gpu.host(out), here.forward(x))
+    all_kept = xo.Dropout(0.0)
+    all_kept.forward(on_gpu)
+    assert all_kept.mask.device.id == 1
+    assert gpu.host(all_kept.mask).all()
+    assert set(gpu.devices) == {1}
+    assert gpu.device == 0
+
+
+def test_words_are_drawn_on_the_device_that_is_asked_for(gpu: GPU) -> None:
+    """The operations on them too, and those for a mask."""
+    import cupy
+
+    devices = []
+
+    def draw(*_: Any) -> Any:
+        devices.append(gpu.device)
+        return gpu.array(np.ones(6, bool), device=1)
+
+    drop = xo.Dropout(0.5, seed=1)
+    drop.forward(on_second(gpu, np.ones(6)))
+    with mock.patch.object(xo.random, "_draw", draw):
+        xo.random.words(0, 0, 6, cupy, device=cupy.cuda.Device(1))
+        assert drop.mask.device.id == 1
+    assert devices == [1, 1]
 
 
 def test_gradient_on_another_device(gpu: GPU) -> None:

@@ -16,7 +16,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from cuda_host.emulated import emulated_gpu, like, on_device
+from cuda_host.emulated import emulated_gpu, like
 from cuda_host.host_kernel import HostModule, host_memory, missing, run_sanitized, to_cupy, to_numpy
 from helpers import DTYPES, LAYOUTS, assert_same_bits, random_values, real_dtype, special_values, threads
 from hypothesis import given
@@ -119,10 +119,10 @@ def words_by_llvm(seed: int, stream: int, start_block: int, n: int) -> np.ndarra
 
 
 def words_by_cuda(seed: int, stream: int, start_block: int, n: int) -> np.ndarray:
-    with emulated_gpu():
-        x = to_cupy(np.zeros(n))
+    with emulated_gpu() as gpu:
+        x = like(np.zeros(n))
         WORDS.run(x, x, [], flipped(seed, stream, start_block))
-        return to_numpy(x)
+        return gpu.to_numpy(x)
 
 
 def flipped(seed: int, stream: int, start_block: int) -> list[int]:
@@ -655,7 +655,7 @@ class TestEmulatedGPU:
                         with xo.engine("fused"):
                             y = call(source, out)
                         assert type(y) is type(source)
-                        assert_same_bits(to_numpy(y), expected, f"{size} elements at {offset} and {other}")
+                        assert_same_bits(gpu.to_numpy(y), expected, f"{size} elements at {offset} and {other}")
                         assert gpu.take() == (["blocks"] if size else [])
 
     def test_special_values(self, dtype):
@@ -664,17 +664,19 @@ class TestEmulatedGPU:
         for ratio in (0.2, 0.7):
             with xo.engine("reference"):
                 expected = xo.dropout(x, ratio, seed=1, stream=2, inverted=True)
-            with emulated_gpu():
-                assert_same_bits(to_numpy(xo.dropout(like(x), ratio, seed=1, stream=2, inverted=True)), expected)
+            with emulated_gpu() as gpu:
+                assert_same_bits(gpu.to_numpy(xo.dropout(like(x), ratio, seed=1, stream=2, inverted=True)), expected)
 
     def test_forwards_and_backwards_of_a_layer(self, dtype):
         x, dout = values((13, 17), dtype), values((13, 17), dtype, seed=1)
         with emulated_gpu() as gpu:
             drops = [xo.Dropout(0.3, inverted=True, seed=ALL_BITS, layer=2**31 - 1) for _ in range(2)]
             for _ in range(3):
-                assert_same_bits(to_numpy(drops[0].forward(like(x))), drops[1].forward(x))
+                assert_same_bits(gpu.to_numpy(drops[0].forward(like(x))), drops[1].forward(x))
             for call in (None, 3, 1, 2):
-                assert_same_bits(to_numpy(drops[0].backward(like(dout), call=call)), drops[1].backward(dout, call=call))
+                assert_same_bits(
+                    gpu.to_numpy(drops[0].backward(like(dout), call=call)), drops[1].backward(dout, call=call)
+                )
             assert drops[0].state_dict() == drops[1].state_dict()
             assert gpu.take() == ["blocks"] * 7
 
@@ -692,23 +694,22 @@ class TestEmulatedGPU:
 
             for layout in ("fortran", "reversed", "strided", "columns"):
                 source = like(LAYOUTS[layout](x))
-                assert_same_bits(to_numpy(drop(source)), expected, layout)
+                assert_same_bits(gpu.to_numpy(drop(source)), expected, layout)
                 assert gpu.take() == ["copy", "blocks"]
                 assert drop(source, source) is source
-                assert_same_bits(to_numpy(source), expected, layout)
+                assert_same_bits(gpu.to_numpy(source), expected, layout)
                 assert gpu.take() == ["copy", "blocks", "copy"]
                 out = like(LAYOUTS[layout](np.zeros_like(x)))
-                assert_same_bits(to_numpy(drop(like(x), out)), expected, layout)
+                assert_same_bits(gpu.to_numpy(drop(like(x), out)), expected, layout)
                 assert gpu.take() == ["copy", "blocks", "copy"]
             for first, second in ((0, 3), (3, 0)):
                 room = like(np.zeros(n + 3, dtype))
                 source, out = room[first : first + n].reshape(shape), room[second : second + n].reshape(shape)
-                gpu.copy(source, like(x))
-                gpu.take()
-                assert_same_bits(to_numpy(drop(source, out)), expected, "overlap")
+                gpu.fill(source, x)
+                assert_same_bits(gpu.to_numpy(drop(source, out)), expected, "overlap")
                 assert gpu.take() == ["copy", "blocks", "copy"]
             whole = like(x)
-            assert_same_bits(to_numpy(drop(whole, whole[:])), expected, "the same memory")
+            assert_same_bits(gpu.to_numpy(drop(whole, whole[:])), expected, "the same memory")
             assert gpu.take() == ["blocks"]
 
 
@@ -738,27 +739,6 @@ class TestLaunches:
                 xo.dropout(like(np.ones(size, dtype)), 0.4, seed=1, stream=0)
             assert [call.args[1:3] for call in launch.call_args_list] == [(-(-size // of_a_block), THREADS)]
 
-    def test_another_gpu_than_the_current_one(self):
-        """The result is allocated, and the kernel launched, where x lies."""
-        import cupy
-
-        x = np.ones(1003, np.float32)
-        with emulated_gpu() as gpu:
-
-            def allocate(size: int) -> Any:
-                memory = cupy.cuda.UnownedMemory(*host_block(size), gpu.device)
-                return cupy.cuda.MemoryPointer(memory, 0)
-
-            with cupy.cuda.using_allocator(allocate):
-                for source in (on_device(like(x), 1), on_device(like(x), 1)[::-1]):
-                    drop = xo.Dropout(0.5, seed=1)
-                    for y in (drop.forward(source), drop.backward(source), drop.forward(source, train_flg=False)):
-                        assert y.data.device_id == 1
-                    assert set(gpu.devices) == {1}
-                    assert gpu.device == 0
-                    gpu.take()
-            assert_same_bits(to_numpy(xo.Dropout(0.5, seed=1).forward(like(x))), xo.Dropout(0.5, seed=1).forward(x))
-
     @pytest.mark.parametrize("name", DTYPES)
     def test_parameters(self, name):
         """Two pointers, a length, the scale, and the words: far below the 4,096 bytes that every GPU takes."""
@@ -787,12 +767,6 @@ class TestLaunches:
             "print(len(gpu))\n",
         )
         assert (done.returncode, done.stdout) == (0, f"{6 * 9 * 2 * 6}\n"), done.stderr
-
-
-def host_block(size: int) -> tuple[int, int, Any]:
-    memory = (ctypes.c_char * (size + 512))()
-    address = ctypes.addressof(memory)
-    return address + -address % 512, size, memory
 
 
 EVERY_KERNEL = pytest.mark.parametrize("kernel", [_dropout.kernel, _dropout.scaling_kernel], ids=["dropout", "scale"])

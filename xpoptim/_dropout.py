@@ -29,7 +29,8 @@ from .fusion.dtypes import PART, compute_dtype
 from .fusion.program import Buffer
 from .fusion.trace import trace_blocks
 from .hints import near
-from .masking import Operand, fused, on_device, operand, reference
+from .masking import Operand, fused, operand, reference
+from .memory import on_device
 
 __all__ = ["Dropout", "dropout"]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -79,15 +78,6 @@ def _check_out(name: str, x: Any, out: Any, space: str) -> None:
         raise ValueError("out is read-only: give an array that can be written, or none")
     if overlaps_itself(out):
         raise ValueError("out has elements that share their memory (as after broadcasting): give a copy")
-
-
-def on_device(xp: Any, device: Any) -> AbstractContextManager[Any]:
-    """A block in which CuPy, which allocates and computes on the current GPU, does so on the array's own."""
-    if device is None or space_of(xp) != "cupy":
-        return nullcontext()
-    from .engines import driver
-
-    return driver.on(device.id)
 
 
 # --- The reference --------------------------------------------------------------------------------------

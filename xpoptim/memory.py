@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
 
-from .namespaces import namespace, namespace_name
+from .namespaces import namespace, namespace_name, space_of
 
 
 def dense_alike(arrays: list[Any]) -> bool:
@@ -133,6 +134,29 @@ def copied(x: Any) -> Any:
         return np.array(x, order="K", copy=True)
     if hasattr(x, "clone"):
         return x.clone()
-    if namespace_name(x) == "jax":
+    space = namespace_name(x)
+    if space == "jax":
         return x
+    if space == "cupy":
+        from .engines import driver
+
+        return driver.copied(x)
     return namespace(x).asarray(x, copy=True)
+
+
+def beside(x: Any) -> AbstractContextManager[Any]:
+    """A block in which CuPy, which allocates and computes on the current GPU, does so on the array's own."""
+    if isinstance(x, np.ndarray) or namespace_name(x) != "cupy":
+        return nullcontext()
+    from .engines import driver
+
+    return driver.beside(x)
+
+
+def on_device(xp: Any, device: Any) -> AbstractContextManager[Any]:
+    """The same for a device of a namespace; None is the current one."""
+    if device is None or space_of(xp) != "cupy":
+        return nullcontext()
+    from .engines import driver
+
+    return driver.on(int(device))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import inspect
 from collections.abc import Callable, Mapping
@@ -27,6 +28,7 @@ from .state import (
     copied_state,
     fresh_slots,
     loaded_signature,
+    on_host,
     plain_state,
     public_name,
     recorded_signature,
@@ -334,8 +336,11 @@ class Optimizer:
         return f"{type(self).__name__}({', '.join(parts)})"
 
     def __getstate__(self) -> dict[str, Any]:
-        _ = self.state  # brings the step count up to date
-        return {name: getattr(self, name) for name in (*self._fields, *self._options, "_state", "_known")}
+        """For pickles. CuPy's slots are in them as NumPy arrays: they go to the GPU of their parameters again."""
+        return self._settings() | {"_state": on_host(self.state)}
+
+    def _settings(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in (*self._fields, *self._options, "_known")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._forget()
@@ -345,7 +350,12 @@ class Optimizer:
     def __copy__(self) -> Optimizer:
         """A copy with a state of its own: two optimizers must not step the same slots."""
         new = object.__new__(type(self))
-        new.__setstate__(self.__getstate__() | {"_state": copied_state(self.state)})
+        new.__setstate__(self._settings() | {"_state": copied_state(self.state)})
+        return new
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Optimizer:
+        memo[id(self)] = new = object.__new__(type(self))
+        new.__setstate__(copy.deepcopy(self._settings(), memo) | {"_state": copied_state(self.state)})
         return new
 
     @property
@@ -535,7 +545,7 @@ class Optimizer:
         """The same for CuPy arrays. While a graph is captured, nothing is done yet, and so nothing is counted."""
         from .engines import driver
 
-        counter, capturing = self._counter, driver.capturing()
+        counter, capturing = self._counter, any(map(driver.capturing, ready.plan.devices))
         counted = self.capturable or bool(ready.recipe.reductions)
         if (counter is not None) is not counted or (capturing and not self.capturable):
             return False
@@ -726,11 +736,12 @@ def _counted(state: State, run: Callable[..., Any], *arguments: Any) -> Any:
 
 def _refuse_capture(leaves: list[Leaf]) -> None:
     """A step that must check, compile or allocate cannot be captured in a CUDA graph."""
-    if all(leaf.space != "cupy" for leaf in leaves):
+    gpus = {leaf.p.data.device_id for leaf in leaves if leaf.space == "cupy"}
+    if not gpus:
         return
     from .engines import driver
 
-    if driver.capturing():
+    if any(map(driver.capturing, gpus)):
         raise RuntimeError(
             "update cannot be captured now: make the optimizer with capturable=True, and run update once on the "
             "same arrays (and with the same options) before the capture"

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .atomic import Atomic
+from .memory import on_device
 from .namespaces import space_of, standard
 
 __all__ = ["seed", "words"]
@@ -131,7 +132,9 @@ def words(seed: int, stream: int, n: int, xp: Any = None, *, start_block: int = 
     def convert(lib: Any, lane: Any) -> Any:
         return lib.astype(lane, lib.uint32)
 
-    return _draw(convert, "uint32", seed, stream, n, start_block, standard(xp), device)
+    xp = standard(xp)
+    with on_device(xp, device):
+        return _draw(convert, "uint32", seed, stream, n, start_block, xp, device)
 
 
 def keep_mask(

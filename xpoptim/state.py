@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
 from .fusion.dtypes import slot_dtype
 from .leaves import Leaf
-from .memory import copied
+from .memory import beside, copied
 from .namespaces import device_of, dtype_name, namespace, namespace_name
 
 State = dict[str, Any]
@@ -136,6 +136,11 @@ def slots_for(owner: str, starts: Slots, leaves: list[Leaf], state: State) -> di
 
 def _started(start: Any, leaf: Leaf, name: str) -> Any:
     """A slot's first value, in the slot's dtype and the parameter's shape, layout and device."""
+    with beside(leaf.p):
+        return _start_value(start, leaf, name)
+
+
+def _start_value(start: Any, leaf: Leaf, name: str) -> Any:
     xp = namespace(leaf.p)
     dtype = getattr(xp, slot_dtype(leaf.dtype))
     value = start(leaf.p) if callable(start) else start
@@ -189,22 +194,27 @@ def _fitting(slot: Any, leaf: Leaf, name: str) -> Any:
             f"{tuple(leaf.p.shape)} and dtype {slot_dtype(leaf.dtype)}: shapes and dtypes are fixed by the first step"
         )
     space = namespace_name(slot)
-    if space == leaf.space:
-        if space != "numpy" and device_of(slot) != device_of(leaf.p):
-            raise ValueError(f"{place} is on {device_of(slot)} but the parameter is on {device_of(leaf.p)}")
-        return _native(slot, place) if space == "numpy" else slot
-    if space == "cupy" and leaf.space == "numpy":
+    if space == leaf.space == "numpy":
+        return _native(slot, place)
+    if space == leaf.space and device_of(slot) == device_of(leaf.p):
+        return slot
+    if space == "cupy" and leaf.space in ("numpy", "cupy"):  # of another GPU: the state was loaded from there
         from .engines import driver
 
-        return driver.to_host(slot)
+        slot, space = driver.to_host(slot), "numpy"
+        if leaf.space == "numpy":
+            return slot
+    if space == leaf.space:
+        raise ValueError(f"{place} is on {device_of(slot)} but the parameter is on {device_of(leaf.p)}")
     if space != "numpy":
         raise ValueError(
             f"{place} is a {space} array but the parameter is a {leaf.space} array: "
             "the namespace is fixed by the first step"
         )
-    return namespace(leaf.p).asarray(
-        np.array(slot), dtype=getattr(namespace(leaf.p), dtype_name(slot)), device=device_of(leaf.p)
-    )
+    with beside(leaf.p):
+        return namespace(leaf.p).asarray(
+            np.array(slot), dtype=getattr(namespace(leaf.p), dtype_name(slot)), device=device_of(leaf.p)
+        )
 
 
 def _native(slot: Any, place: str) -> Any:
@@ -236,9 +246,24 @@ def plain_state(name: str, slots: tuple[str, ...], state: Any) -> State:
 
 
 def copied_state(state: State) -> State:
-    return copy.deepcopy({k: v for k, v in state.items() if k != "slots"}) | {
-        "slots": {name: {key: copied(a) for key, a in arrays.items()} for name, arrays in state["slots"].items()}
-    }
+    return copy.deepcopy({k: v for k, v in state.items() if k != "slots"}) | _with_each_slot(copied, state)
+
+
+def on_host(state: State) -> State:
+    """The state with NumPy arrays in the place of CuPy's, which a pickle would forget the GPU of."""
+    return state | _with_each_slot(_on_host, state)
+
+
+def _on_host(slot: Any) -> Any:
+    if namespace_name(slot) != "cupy":
+        return slot
+    from .engines import driver
+
+    return driver.to_host(slot)
+
+
+def _with_each_slot(function: Callable[[Any], Any], state: State) -> State:
+    return {"slots": {name: {key: function(a) for key, a in slots.items()} for name, slots in state["slots"].items()}}
 
 
 def check_same(old: dict[str, dict[str, Any]], new: dict[str, dict[str, Any]]) -> None:

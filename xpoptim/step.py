@@ -11,7 +11,7 @@ from .engines.ready import Ready, ready
 from .engines.selection import selected
 from .fusion.norm import add_in_order
 from .leaves import Leaf, replaced, resolve_gradient, resolve_parameter
-from .memory import Written, copied, dense_alike, extent, overlapping_pair, overlaps_itself
+from .memory import Written, beside, copied, dense_alike, extent, overlapping_pair, overlaps_itself
 from .recipe import Recipe, Traced
 
 
@@ -90,7 +90,8 @@ class Step:
         self._results = None if recipe.fused else [self._computed(leaf) for leaf in self.others]
 
     def _computed(self, leaf: Leaf) -> list[Any]:
-        return reference.computed(self.traced, leaf, self.values)
+        with beside(leaf.p):
+            return reference.computed(self.traced, leaf, self.values)
 
     def _plans(self) -> tuple[Any, Any]:
         cpu_plan = gpu_plan = None
@@ -123,7 +124,9 @@ class Step:
             sums |= dict(zip((x.key for x in self.cpu), squares.tolist(), strict=True))
         if self.gpu_plan is not None:
             sums |= {self.gpu[i].key: value for i, value in self.gpu_plan.squares(self.values).items()}
-        sums |= {leaf.key: reference.squares_sum(self.traced, leaf, self.values) for leaf in self.others}
+        for leaf in self.others:
+            with beside(leaf.p):
+                sums[leaf.key] = reference.squares_sum(self.traced, leaf, self.values)
         return finite_norm({leaf.key: leaf.named("grads") for leaf in self.leaves}, sums)
 
     def run(self, made: Any) -> None:
@@ -142,7 +145,9 @@ class Step:
             self.gpu_plan.run(self.values)
         self._unstage("cupy")
         for i, leaf in enumerate(self.others):
-            reference.write(leaf, self._computed(leaf) if self._results is None else self._results[i])
+            results = self._computed(leaf) if self._results is None else self._results[i]
+            with beside(leaf.p):
+                reference.write(leaf, results)
 
     def _unstage(self, space: str) -> None:
         for leaf, copy in self.staged:

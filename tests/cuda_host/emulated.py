@@ -1,14 +1,17 @@
 """The CUDA engine on a machine without a GPU: its own text, compiled for the host, on host-backed CuPy arrays.
 
-Only `xpoptim.engines.driver`, the seam to CuPy and the GPU, is replaced, and of CuPy what would start a kernel of
-its own to make or fill an array; tables, sizes and argument types are the engine's own. A launch has ended when it
-returns, so what needs time, streams or a real graph cannot be seen here.
+Of the engine only the loading of a module is replaced; of CuPy what would ask the driver: devices, streams, events and
+graphs, which are those of `queues`, and the functions that make, fill or copy arrays. So an array is made on the
+current device, as CuPy does it, and work on arrays of another device is refused, as CuPy does it where one device
+cannot reach the other's memory. Work runs when it is waited for: `EmulatedGPU.host` waits, a look at memory does not.
+What needs time, and kernels of CuPy's own, cannot be seen here.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -18,187 +21,277 @@ import numpy as np
 
 from xpoptim.engines import cuda, driver, nvrtc
 
-from .host_kernel import HostModule, host_memory, to_cupy, to_numpy
-from .steps import GPU, Graph
-
-
-class RecordedGraph(Graph):
-    """What was launched while a step was captured, to be carried out again and again."""
-
-    def __init__(self) -> None:
-        self.names: list[str] = []
-        self.launches: list[Callable[[], None]] = []
-
-    def launch(self) -> None:
-        for run in self.launches:
-            run()
+from . import host_kernel
+from .host_kernel import HostKernel, HostModule, Memory
+from .queues import Machine, elapsed_time
+from .steps import GPU
 
 
 class EmulatedGPU(GPU):
     """Any number of GPUs, of which one is the current one."""
 
-    def __init__(self) -> None:
+    def __init__(self, machine: Machine) -> None:
         super().__init__()
-        self._current = 0
-        self._graph: RecordedGraph | None = None
-        self._quiet = False
-
-    @property
-    def device(self) -> int:
-        return self._current
+        self.machine = machine
+        self.stream = machine.Stream(non_blocking=True)
 
     def array(self, values: Any, offset: int = 0, device: int = 0) -> Any:
         return like(values, offset, device)
 
     def to_numpy(self, array: Any) -> np.ndarray:
-        return to_numpy(array)
+        self.machine.synchronize()
+        return host_kernel.to_numpy(array)
 
     def fill(self, array: Any, values: Any) -> None:
-        seen(array)[...] = values
-
-    @contextlib.contextmanager
-    def capture(self) -> Iterator[Graph]:
-        self._graph = RecordedGraph()
-        try:
-            with self.quiet():
-                yield self._graph
-        finally:
-            self._graph = None
+        with self.machine.on(array.data.device_id):
+            _give_assignment(self.machine, array, values)
 
     @contextlib.contextmanager
     def quiet(self) -> Iterator[None]:
-        import cupy
-
-        def refuse(size: int) -> Any:
-            raise AssertionError(f"{size} bytes of device memory are allocated")
-
-        self._quiet = True
-        try:
-            with cupy.cuda.using_allocator(refuse):
-                yield
-        finally:
-            self._quiet = False
-
-    # What takes the place of the functions of `driver`.
-
-    @contextlib.contextmanager
-    def on(self, device: int) -> Iterator[None]:
-        before, self._current = self._current, device
+        self.machine.quiet = True
         try:
             yield
         finally:
-            self._current = before
-
-    def launch(self, function: Any, grid: int, block: int, arguments: tuple[Any, ...]) -> None:
-        import cupy
-
-        arrays = [a for a in arguments if isinstance(a, cupy.ndarray)]
-        for array in arrays:
-            assert array.data.device_id == self.device, (
-                f"{function.name} is launched on device {self.device} with memory of device {array.data.device_id}"
-            )
-        # CUDA takes the parameters when a launch is made: what they hold later does not matter.
-        taken = tuple(a.copy() if isinstance(a, np.ndarray) else a for a in arguments)
-        self._run(function.name, lambda: function((grid,), (block,), taken))
-
-    def copy(self, to: Any, source: Any) -> None:  # type: ignore[override]
-        def run() -> None:
-            seen(to)[...] = seen(source)
-
-        self._run("copy", run)
-
-    def _run(self, name: str, run: Callable[[], None]) -> None:
-        if self._graph is not None:
-            self._graph.names.append(name)
-            self._graph.launches.append(run)
-            return
-        self.append(name)
-        self.devices.append(self.device)
-        run()
-
-    def zeros(self, count: int, dtype: Any) -> Any:
-        import cupy
-
-        self._expected("zeros")
-        return on_device(cupy.zeros(count, dtype), self.device)
-
-    def upload(self, to: Any, values: np.ndarray) -> None:
-        self._expected("upload")
-        seen(to)[...] = values
-
-    def to_host(self, array: Any) -> np.ndarray:
-        self._expected("to_host")
-        assert array.data.device_id == self.device
-        return to_numpy(array)
-
-    def dense(self, array: Any) -> Any:
-        if array.flags.c_contiguous:
-            return array
-        self._expected("dense")
-        return on_device(to_cupy(to_numpy(array)), array.data.device_id)
-
-    def converted(self, array: Any, dtype: str) -> Any:
-        self._expected("converted")
-        return on_device(to_cupy(to_numpy(array).astype(dtype)), array.data.device_id)
-
-    # What takes the place of CuPy's functions.
-
-    def full_like(self, array: Any, value: Any, dtype: Any = None) -> Any:
-        self._expected("full_like")
-        return like(np.full_like(seen(array), value, dtype, order="K"), device=array.data.device_id)
-
-    def asarray(self, values: Any, *, dtype: Any = None, device: Any = None, copy: bool | None = None) -> Any:
-        import cupy
-
-        if not isinstance(values, cupy.ndarray):
-            self._expected("asarray")
-            return like(np.array(values, dtype), device=getattr(device, "id", 0))
-        if not copy and dtype in (None, values.dtype):
-            return values
-        self._expected("asarray")
-        return like(np.array(seen(values), dtype, order="K"), device=values.data.device_id)
-
-    def _expected(self, what: str) -> None:
-        assert not self._quiet, f"{what} in a step that may neither wait nor allocate"
+            self.machine.quiet = False
 
 
 @contextlib.contextmanager
-def emulated_gpu(*, backward: bool = False) -> Iterator[EmulatedGPU]:
-    """Run the CUDA engine on the host; ``backward`` runs threads and blocks in descending order."""
-    from xpoptim import cupy_namespace
+def emulated_gpu(*, devices: int = 2, backward: bool = False) -> Iterator[EmulatedGPU]:
+    """Run the CUDA engine on the host; ``backward`` runs threads and blocks in descending order.
 
-    gpu = EmulatedGPU()
-    replaced = mock.patch.multiple(
-        driver,
-        on=gpu.on,
-        architecture=lambda device: "sm_90",
-        load=lambda image, arch: HostModule(image.decode(), backward=backward),
-        launch=gpu.launch,
-        zeros=gpu.zeros,
-        upload=gpu.upload,
-        to_host=gpu.to_host,
-        capturing=lambda: gpu._graph is not None,
-        dense=gpu.dense,
-        copy=gpu.copy,
-        converted=gpu.converted,
-    )
-    text_as_image = mock.patch.object(nvrtc, "cubin", lambda source, arch, options=(): source.encode())
-    no_functions: Any = mock.patch.object(cuda, "_functions", {})
-    makers = mock.patch.multiple(
-        cupy_namespace,
-        zeros_like=lambda array, dtype=None: gpu.full_like(array, 0, dtype),
-        full_like=gpu.full_like,
-        asarray=gpu.asarray,
-    )
-    with host_memory(), replaced, text_as_image, no_functions, makers:
-        yield gpu
+    The current stream is ``gpu.stream``. All work has been done at the end.
+    """
+    global _machine
+    machine = _machine = Machine(devices)
+    try:
+        with _patches(machine, backward):
+            gpu = EmulatedGPU(machine)
+            with gpu.recorded(), gpu.stream:
+                yield gpu
+            machine.synchronize()
+    finally:
+        _machine = None
+        _left.clear()
+
+
+@contextlib.contextmanager
+def _patches(machine: Machine, backward: bool) -> Iterator[None]:
+    import cupy
+
+    def load(image: bytes, arch: str) -> Any:
+        return _Module(machine, HostModule(image.decode(), backward=backward))
+
+    def allocate(size: int) -> Any:
+        machine.refuse_in_quiet(f"an allocation of {size} bytes")
+        return _allocate(size, machine.device)
+
+    before, set_allocator = cupy.cuda.get_allocator(), cupy.cuda.set_allocator
+    with contextlib.ExitStack() as stack:
+        for patched in (
+            mock.patch.multiple(driver, load=load, architecture=lambda device: "sm_90"),
+            mock.patch.object(nvrtc, "cubin", lambda source, arch, options=(): source.encode()),
+            mock.patch.object(cuda, "_functions", {}),
+            mock.patch.multiple(cupy, **_functions(machine)),
+            mock.patch.multiple(cupy.ndarray, **_methods(machine)),
+            mock.patch.multiple(
+                cupy.cuda,
+                Device=machine.Device,
+                Stream=machine.Stream,
+                Event=machine.Event,
+                get_current_stream=machine.current_stream,
+                get_elapsed_time=elapsed_time,
+                is_available=lambda: True,
+                set_allocator=lambda allocator=None: None,
+            ),
+            mock.patch.multiple(
+                cupy.cuda.runtime,
+                getDevice=lambda: machine.device,
+                getDeviceCount=lambda: machine.count,
+                deviceSynchronize=lambda: machine.Device().synchronize(),
+            ),
+        ):
+            stack.enter_context(patched)
+        set_allocator(allocate)
+        stack.callback(set_allocator, before)
+        yield
+
+
+class _Module:
+    def __init__(self, machine: Machine, module: HostModule) -> None:
+        self._machine, self._module = machine, module
+
+    def get_function(self, name: str) -> _Function:
+        return _Function(self._machine, self._module.get_function(name))
+
+
+class _Function:
+    """A kernel that is launched on the current stream of the current device, which has to be that of its arrays."""
+
+    def __init__(self, machine: Machine, kernel: HostKernel) -> None:
+        self.name = kernel.name
+        self._machine, self._kernel = machine, kernel
+
+    def __call__(self, grid: tuple[int, ...], block: tuple[int, ...], args: Any, stream: Any = None) -> None:
+        import cupy
+
+        _refuse_elsewhere(self._machine, self.name, *(a for a in args if isinstance(a, cupy.ndarray)))
+        stream = self._machine.current_stream() if stream is None else stream
+        stream.give(self._kernel.prepared(grid, block, args))
+
+
+# --- what takes the place of CuPy's functions and methods: they allocate at once, and work when the stream comes to it
+
+
+def _functions(machine: Machine) -> dict[str, Callable[..., Any]]:
+    import cupy
+
+    def full(shape: Any, value: Any, dtype: Any = None, order: str = "C") -> Any:
+        return filled(np.empty(shape, np.asarray(value).dtype if dtype is None else dtype, order), value)
+
+    def full_like(a: Any, value: Any, dtype: Any = None, order: str = "K") -> Any:
+        return filled(np.empty_like(seen(a), dtype, order=order), value)
+
+    def filled(template: np.ndarray, value: Any) -> Any:
+        new = _made(template)
+        _give_assignment(machine, new, value)
+        return new
+
+    def array(a: Any, dtype: Any = None, copy: bool | None = True, order: str = "K", **_: Any) -> Any:
+        if not isinstance(a, cupy.ndarray):
+            machine.refuse_in_capture("a transfer from the host")
+            machine.refuse_in_quiet("a transfer from the host")
+            values = np.array(a, dtype, order=order)
+            return filled(np.empty_like(values), values)
+        _refuse_elsewhere(machine, "array", a)
+        return a if not copy and dtype in (None, a.dtype) else a.astype(a.dtype if dtype is None else dtype, order)
+
+    def ascontiguousarray(a: Any, dtype: Any = None) -> Any:
+        same = isinstance(a, cupy.ndarray) and a.flags.c_contiguous and dtype in (None, a.dtype)
+        return a if same else array(a, dtype, order="C")
+
+    return {
+        "zeros": lambda shape, dtype=float, order="C": full(shape, 0, dtype, order),
+        "ones": lambda shape, dtype=float, order="C": full(shape, 1, dtype, order),
+        "full": full,
+        "zeros_like": lambda a, dtype=None, order="K": full_like(a, 0, dtype, order),
+        "ones_like": lambda a, dtype=None, order="K": full_like(a, 1, dtype, order),
+        "full_like": full_like,
+        "array": array,
+        "asarray": lambda a, dtype=None, order="K", **_: array(a, dtype, None, order),
+        "ascontiguousarray": ascontiguousarray,
+        "asnumpy": lambda a, stream=None, **_: a.get(stream) if isinstance(a, cupy.ndarray) else np.asarray(a),
+    }
+
+
+def _methods(machine: Machine) -> dict[str, Callable[..., Any]]:
+    def get(self: Any, stream: Any = None, order: str = "C", out: Any = None, blocking: bool = True) -> np.ndarray:
+        stream = machine.current_stream() if stream is None else stream
+        machine.refuse_in_quiet("a transfer to the host")
+        _refuse_elsewhere(machine, "get", self)
+        if stream.is_capturing():
+            raise RuntimeError("the current stream is capturing, so D2H transfers are disallowed")
+        source = seen(self)
+        to = np.empty_like(source, order=order) if out is None else out
+        stream.give(lambda: _assign(to, source))
+        if blocking:
+            stream.synchronize()
+        return to
+
+    def set_(self: Any, values: np.ndarray, stream: Any = None) -> None:
+        assert (self.dtype, self.shape) == (values.dtype, values.shape)
+        stream = machine.current_stream() if stream is None else stream
+        machine.refuse_in_quiet("a transfer from the host")
+        _refuse_elsewhere(machine, "set", self)
+        if stream.is_capturing():
+            raise RuntimeError("the current stream is capturing, so H2D transfers are disallowed")
+        to, staged = seen(self), values.copy()
+        stream.give(lambda: _assign(to, staged))
+
+    def astype(self: Any, dtype: Any, order: str = "K", copy: bool = True, **_: Any) -> Any:
+        if not copy and np.dtype(dtype) == self.dtype:
+            return self
+        _refuse_elsewhere(machine, "astype", self)
+        new = _made(np.empty_like(seen(self), dtype, order=order))
+        _give_assignment(machine, new, self)
+        return new
+
+    def assign(self: Any, index: Any, value: Any) -> None:
+        _give_assignment(machine, self[index], value)
+
+    def deepcopy(self: Any, memo: Any) -> Any:
+        with machine.Device(self.data.device_id):
+            return self.copy()
+
+    def reduce(self: Any) -> Any:
+        return from_host, (get(self, order="A"),)
+
+    return {
+        "get": get,
+        "set": set_,
+        "astype": astype,
+        "copy": lambda self, order="C": astype(self, self.dtype, order),
+        "fill": lambda self, value: _give_assignment(machine, self, value),
+        "__setitem__": assign,
+        "__copy__": lambda self: self.copy(),
+        "__deepcopy__": deepcopy,
+        "__reduce__": reduce,
+    }
+
+
+def from_host(values: np.ndarray) -> Any:
+    """An array on the current device; here for pickles, which refer to it by its name."""
+    import cupy
+
+    return cupy.array(values)
+
+
+def _made(template: np.ndarray) -> Any:
+    """An array on the current device, of the template's shape, dtype and strides."""
+    import cupy
+
+    return cupy.ndarray(template.shape, template.dtype, cupy.cuda.alloc(template.nbytes), template.strides)
+
+
+def _give_assignment(machine: Machine, array: Any, value: Any) -> None:
+    import cupy
+
+    on_device = isinstance(value, cupy.ndarray)
+    _refuse_elsewhere(machine, "an assignment", array, *([value] if on_device else []))
+    to, values = seen(array), seen(value) if on_device else np.array(value)
+    machine.current_stream().give(lambda: _assign(to, values))
+
+
+def _assign(to: np.ndarray, values: np.ndarray) -> None:
+    with np.errstate(all="ignore"):
+        to[...] = values
+
+
+def _refuse_elsewhere(machine: Machine, what: str, *arrays: Any) -> None:
+    for array in arrays:
+        assert array.data.device_id == machine.device, (
+            f"{what} on device {machine.device} is given memory of device {array.data.device_id}"
+        )
 
 
 # --- arrays
 
 
+def like(values: np.ndarray, offset: int = 0, device: int = 0) -> Any:
+    """A CuPy array with the values, strides and all, ``offset`` bytes beyond a multiple of 512, as if transferred."""
+    import cupy
+
+    values = np.asarray(values)
+    low, high = np.lib.array_utils.byte_bounds(values) if values.size else (values.ctypes.data, values.ctypes.data)
+    room = _allocate(high - low + offset, device) + offset
+    ctypes.memmove(room.ptr, low, high - low)
+    return cupy.ndarray(values.shape, values.dtype, room + (values.ctypes.data - low), values.strides)
+
+
 def seen(array: Any) -> np.ndarray:
-    """The memory of a host-backed CuPy array as a NumPy array of the same strides, to be read and written."""
+    """The memory of a host-backed CuPy array as a NumPy array of the same strides, to be read and written.
+
+    As it is now: what a stream has still to do is not in it. Nor does it keep the memory.
+    """
     if array.size == 0:
         return np.empty(array.shape, array.dtype)
     interface = {
@@ -213,21 +306,31 @@ def seen(array: Any) -> np.ndarray:
     return view
 
 
-def on_device(array: Any, device: int) -> Any:
-    """The same memory, said to be of another device."""
+_machine: Machine | None = None  # that is emulated now
+_left: list[Memory] = []  # given back while work was waiting, which may have the address
+
+
+class _Lent:
+    """Memory of a device. It goes back to the stream that it was taken in, as to CuPy's pool, and what that stream
+    does with it next, here to fill it with NaN, waits for no other stream.
+    """
+
+    def __init__(self, size: int, device: int) -> None:
+        self.memory = Memory(size)
+        self._size, self._machine, self._queue = size, _machine, None
+        if _machine is not None:
+            with _machine.on(device) as stream:
+                self._queue = stream.queue
+
+    def __del__(self) -> None:
+        if self._queue is None or self._machine is not _machine or self._machine.idle:
+            return
+        _left.append(self.memory)
+        self._queue.append(functools.partial(ctypes.memset, self.memory.address, 0xFF, self._size))
+
+
+def _allocate(size: int, device: int) -> Any:
     import cupy
 
-    memory = cupy.cuda.UnownedMemory(array.data.ptr, array.nbytes, array, device)
-    return cupy.ndarray(array.shape, array.dtype, cupy.cuda.MemoryPointer(memory, 0), array.strides)
-
-
-def like(values: np.ndarray, offset: int = 0, device: int = 0) -> Any:
-    """A CuPy array with the values, strides and all, ``offset`` bytes beyond a multiple of 512."""
-    import cupy
-
-    values = np.asarray(values)
-    low, high = np.lib.array_utils.byte_bounds(values) if values.size else (values.ctypes.data, values.ctypes.data)
-    room = to_cupy(np.frombuffer(ctypes.string_at(low, high - low), np.uint8), offset)
-    memory = cupy.cuda.UnownedMemory(room.data.ptr, room.nbytes, room, device)
-    pointer = cupy.cuda.MemoryPointer(memory, values.ctypes.data - low)
-    return cupy.ndarray(values.shape, values.dtype, pointer, values.strides)
+    lent = _Lent(size, device)
+    return cupy.cuda.MemoryPointer(cupy.cuda.UnownedMemory(lent.memory.address, size, lent, device), 0)

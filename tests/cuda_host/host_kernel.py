@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -95,9 +95,13 @@ class HostKernel:
         self._backward = backward
 
     def __call__(self, grid: tuple[int, ...], block: tuple[int, ...], args: Sequence[Any], stream: Any = None) -> None:
+        self.prepared(grid, block, args)()
+
+    def prepared(self, grid: tuple[int, ...], block: tuple[int, ...], args: Sequence[Any]) -> Callable[[], None]:
+        """The launch with its parameters as they are now: that they change later, or are freed, does not matter."""
         if len(args) != len(self.sizes):
             raise TypeError(f"kernel {self.name} takes {len(self.sizes)} arguments, {len(args)} were given")
-        values = [_by_value(argument) for argument in args]
+        values = [_by_value(argument).copy() for argument in args]
         for number, (value, size) in enumerate(zip(values, self.sizes, strict=True)):
             if value.nbytes != size:
                 given = f"argument {number} of kernel {self.name} is of {value.nbytes} bytes"
@@ -105,11 +109,15 @@ class HostKernel:
         if sum(self.sizes) > 32764:
             raise TypeError(f"the parameters of kernel {self.name} take {sum(self.sizes)} bytes, 32764 are allowed")
         shape = [*_three(grid, "grid"), *_three(block, "block")]
-        pointers = (ctypes.c_void_p * len(values))(*(value.ctypes.data for value in values))
-        with self._lock:
-            trouble = self._run((ctypes.c_uint * 6)(*shape), int(self._backward), pointers)
-        if trouble:
-            raise RuntimeError(f"kernel {self.name}: {trouble.decode()}")
+
+        def run() -> None:
+            pointers = (ctypes.c_void_p * len(values))(*(value.ctypes.data for value in values))
+            with self._lock:
+                trouble = self._run((ctypes.c_uint * 6)(*shape), int(self._backward), pointers)
+            if trouble:
+                raise RuntimeError(f"kernel {self.name}: {trouble.decode()}")
+
+        return run
 
 
 def launch(
@@ -177,7 +185,7 @@ def _compiler() -> str:
 # --- memory
 
 
-class _Memory:
+class Memory:
     """Memory as a GPU's allocator gives it out: at a multiple of 512, and with anything in it, here NaN."""
 
     def __init__(self, size: int) -> None:
@@ -197,7 +205,7 @@ class _Memory:
 def _allocate(size: int) -> Any:
     import cupy
 
-    memory = _Memory(size)
+    memory = Memory(size)
     return cupy.cuda.MemoryPointer(cupy.cuda.UnownedMemory(memory.address, size, memory, 0), 0)
 
 

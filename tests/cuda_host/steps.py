@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
+from unittest import mock
 
 import numpy as np
 from helpers import assert_same_tree, frozen_values, random_values
 
 import xpoptim as xo
+from xpoptim.engines import driver
 
 Tree = dict[str, np.ndarray]
 
@@ -18,23 +21,33 @@ Tree = dict[str, np.ndarray]
 class Graph:
     """A step that was captured."""
 
-    names: list[str]  # its kernels and copies
+    def __init__(self) -> None:
+        self.names: list[str] = []  # its kernels and copies
+        self.made: Any = None  # CuPy's graph
 
-    def launch(self) -> None:
-        raise NotImplementedError
+    def launch(self, stream: Any = None) -> None:
+        self.made.launch(stream)
 
 
 class GPU(list[str]):
-    """The list of the kernels launched and copies made so far, and what else a test asks of a GPU."""
+    """The list of the kernels launched and copies made so far, and what else a test asks of a GPU.
+
+    CuPy itself serves for the rest: devices, streams, events.
+    """
+
+    stream: Any  # the current one of device 0, which is not the default one
 
     def __init__(self) -> None:
         super().__init__()
         self.devices: list[int] = []  # of each launch
+        self._graph: Graph | None = None
 
     @property
     def device(self) -> int:
         """The current one."""
-        raise NotImplementedError
+        import cupy
+
+        return cupy.cuda.Device().id
 
     def take(self) -> list[str]:
         """What was launched since the last call."""
@@ -48,20 +61,54 @@ class GPU(list[str]):
         raise NotImplementedError
 
     def to_numpy(self, array: Any) -> np.ndarray:
-        """A copy of a CuPy array's values."""
+        """A copy of a CuPy array's values, when all work on all devices is done."""
         raise NotImplementedError
 
     def fill(self, array: Any, values: Any) -> None:
-        """Write values into an array, where it is."""
+        """Write values into an array, where it is, on the current stream of its device."""
         raise NotImplementedError
 
     def quiet(self) -> AbstractContextManager[None]:
         """Refuse every allocation, and all that waits for the GPU or copies between it and the host."""
         raise NotImplementedError
 
-    def capture(self) -> AbstractContextManager[Graph]:
+    @contextlib.contextmanager
+    def capture(self) -> Iterator[Graph]:
         """Record launches instead of carrying them out. Whatever allocates or waits is refused."""
-        raise NotImplementedError
+        import cupy
+
+        self._graph = graph = Graph()
+        stream = cupy.cuda.get_current_stream()
+        stream.begin_capture()
+        try:
+            with self.quiet():
+                yield graph
+        finally:
+            graph.made = stream.end_capture()
+            self._graph = None
+
+    @contextlib.contextmanager
+    def recorded(self) -> Iterator[None]:
+        """Keep a record of what the engine launches and copies."""
+        launch, copy = driver.launch, driver.copy
+
+        def launched(function: Any, grid: int, block: int, arguments: tuple[Any, ...]) -> None:
+            self._record(function.name)
+            launch(function, grid, block, arguments)
+
+        def copied(to: Any, source: Any) -> None:
+            self._record("copy", to.data.device_id)
+            copy(to, source)
+
+        with mock.patch.multiple(driver, launch=launched, copy=copied):
+            yield
+
+    def _record(self, name: str, device: int | None = None) -> None:
+        if self._graph is not None:
+            self._graph.names.append(name)
+        else:
+            self.append(name)
+            self.devices.append(self.device if device is None else device)
 
     def host(self, tree: Any) -> Any:
         """Nested containers of arrays with NumPy arrays instead."""

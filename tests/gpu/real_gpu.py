@@ -11,7 +11,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from cuda_host.steps import GPU, Graph
+from cuda_host.steps import GPU
 
 from xpoptim.engines import cuda, driver, nvrtc
 
@@ -37,16 +37,6 @@ def skip_without_gpu() -> None:
         pytest.skip(reason, allow_module_level=True)
 
 
-class CapturedGraph(Graph):
-    def __init__(self, stream: Any) -> None:
-        self.names: list[str] = []
-        self.made: Any = None
-        self._stream = stream
-
-    def launch(self) -> None:
-        self.made.launch(self._stream)
-
-
 class _Named:
     """A kernel of CuPy's that knows its name."""
 
@@ -64,13 +54,6 @@ class RealGPU(GPU):
     def __init__(self, stream: Any) -> None:
         super().__init__()
         self.stream = stream
-        self._graph: CapturedGraph | None = None
-
-    @property
-    def device(self) -> int:
-        import cupy
-
-        return cupy.cuda.runtime.getDevice()
 
     def array(self, values: Any, offset: int = 0, device: int = 0) -> Any:
         import cupy
@@ -82,12 +65,16 @@ class RealGPU(GPU):
         with cupy.cuda.Device(device):
             room = cupy.cuda.alloc(high - low + offset) + offset
             if high > low:
-                cupy.ndarray((high - low,), np.uint8, room).set(
-                    np.frombuffer(ctypes.string_at(low, high - low), np.uint8)
-                )
+                raw = np.frombuffer(ctypes.string_at(low, high - low), np.uint8)
+                cupy.ndarray((high - low,), np.uint8, room).set(raw)
+                cupy.cuda.get_current_stream().synchronize()  # so that any stream may read it
         return cupy.ndarray(values.shape, values.dtype, room + (values.ctypes.data - low), values.strides)
 
     def to_numpy(self, array: Any) -> np.ndarray:
+        import cupy
+
+        for device in range(cupy.cuda.runtime.getDeviceCount()):
+            cupy.cuda.Device(device).synchronize()
         return self._mirror(array)[0].copy(order="C")
 
     def fill(self, array: Any, values: Any) -> None:
@@ -95,7 +82,8 @@ class RealGPU(GPU):
             return
         view, raw, memory = self._mirror(array)
         view[...] = values
-        memory.set(raw)
+        with driver.beside(memory):
+            memory.set(raw)
 
     def _mirror(self, array: Any) -> tuple[np.ndarray, np.ndarray, Any]:
         """The array as NumPy has it, in a copy of its memory; that copy; and its memory on the GPU, gaps and all."""
@@ -127,24 +115,6 @@ class RealGPU(GPU):
         with mock.patch.multiple(driver, upload=refuse, to_host=refuse, zeros=refuse), NoMemory():
             yield
 
-    @contextlib.contextmanager
-    def capture(self) -> Iterator[Graph]:
-        self._graph = graph = CapturedGraph(self.stream)
-        self.stream.begin_capture()
-        try:
-            with self.quiet():
-                yield graph
-        finally:
-            graph.made = self.stream.end_capture()
-            self._graph = None
-
-    def record(self, name: str) -> None:
-        if self._graph is not None:
-            self._graph.names.append(name)
-        else:
-            self.append(name)
-            self.devices.append(self.device)
-
 
 @contextlib.contextmanager
 def real_gpu() -> Iterator[RealGPU]:
@@ -152,21 +122,13 @@ def real_gpu() -> Iterator[RealGPU]:
     import cupy
 
     gpu = RealGPU(cupy.cuda.Stream(non_blocking=True))
-    load, launch, copy = driver.load, driver.launch, driver.copy
+    load = driver.load
 
     def loaded(image: bytes, arch: str) -> Any:
         module = load(image, arch)
         return mock.Mock(get_function=lambda name: _Named(name, module.get_function(name)))
 
-    def launched(function: Any, grid: int, block: int, arguments: tuple[Any, ...]) -> None:
-        gpu.record(function.name)
-        launch(function, grid, block, arguments)
-
-    def copied(to: Any, source: Any) -> None:
-        gpu.record("copy")
-        copy(to, source)
-
-    recorded = mock.patch.multiple(driver, load=loaded, launch=launched, copy=copied)
-    with recorded, mock.patch.object(cuda, "_functions", {}), gpu.stream:
+    named = mock.patch.object(driver, "load", loaded)
+    with named, gpu.recorded(), mock.patch.object(cuda, "_functions", {}), gpu.stream:
         yield gpu
         gpu.stream.synchronize()

@@ -91,7 +91,7 @@ class _Table:
         """Bring the device's table up to date, through parameters of small kernels: no copy that could wait."""
         now = self.rows.tobytes()
         # A graph brings its own rows, whatever the memory holds when it is replayed; and leaves them there.
-        self._captured = self._captured or driver.capturing()
+        self._captured = self._captured or driver.capturing(self.device)
         if now == self._uploaded and not self._captured:
             return
         words = np.frombuffer(now, np.uint64)

@@ -1,4 +1,8 @@
-"""All that the CUDA engine asks of CuPy and of the GPU, one small function each: the seam at which tests put a host."""
+"""All that the CUDA engine asks of CuPy and of the GPU, one small function each: the seam at which tests put a host.
+
+CuPy allocates and computes on the current GPU, wherever the arrays that it is given lie. So what is given an array here
+makes that array's GPU the current one.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +18,11 @@ def on(device: int) -> AbstractContextManager[Any]:
     import cupy
 
     return cupy.cuda.Device(device)
+
+
+def beside(array: Any) -> AbstractContextManager[Any]:
+    """Make an array's own GPU the current one."""
+    return on(array.data.device_id)
 
 
 @lru_cache(maxsize=64)
@@ -50,31 +59,42 @@ def zeros(count: int, dtype: Any) -> Any:
 
 
 def upload(to: Any, values: np.ndarray) -> None:
-    to.set(values)
+    with beside(to):
+        to.set(values)
 
 
 def to_host(array: Any) -> np.ndarray:
-    """Waits for the current stream."""
-    return array.get()
+    """In C order, or in Fortran's if the array lies in that. Waits for the current stream of the array's GPU."""
+    with beside(array):
+        return array.get(order="A")
 
 
-def capturing() -> bool:
-    """Whether the current stream is being captured into a CUDA graph."""
+def capturing(device: int) -> bool:
+    """Whether the current stream of a GPU is being captured into a CUDA graph."""
     import cupy
 
-    return bool(cupy.cuda.get_current_stream().is_capturing())
+    with on(device):
+        return bool(cupy.cuda.get_current_stream().is_capturing())
 
 
 def dense(array: Any) -> Any:
     """The array itself if it lies in C order, or a copy that does."""
     import cupy
 
-    return cupy.ascontiguousarray(array)
+    with beside(array):
+        return cupy.ascontiguousarray(array)
+
+
+def copied(array: Any) -> Any:
+    """A copy of the same layout, as far as CuPy keeps it."""
+    with beside(array):
+        return array.copy(order="K")
 
 
 def copy(to: Any, source: Any) -> None:
-    """The values of an array into one of the same shape and dtype, on the current stream."""
-    to[...] = source
+    """The values of an array into one of the same shape and dtype on the same GPU, on its current stream."""
+    with beside(to):
+        to[...] = source
 
 
 def array_at(address: int, like: Any, strides: tuple[int, ...]) -> Any:
@@ -86,4 +106,5 @@ def array_at(address: int, like: Any, strides: tuple[int, ...]) -> Any:
 
 
 def converted(array: Any, dtype: str) -> Any:
-    return array.astype(dtype)
+    with beside(array):
+        return array.astype(dtype)

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,9 +10,9 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from cuda_host.emulated import EmulatedGPU, emulated_gpu, like
+from cuda_host.emulated import EmulatedGPU, emulated_cupy, emulated_gpu, like
 from cuda_host.host_kernel import HostModule, host_memory, missing, run_sanitized, to_numpy
-from cuda_host.steps import alike, follow, trees
+from cuda_host.steps import GPU, alike, capture_and_replay, follow, trees
 from helpers import assert_same_bits, assert_same_tree, make_optimizer
 
 from xpoptim.engines import cuda, driver, nvrtc
@@ -200,6 +201,52 @@ def test_tensors_too_large_for_one_launch(gpu: EmulatedGPU) -> None:
     program = make_optimizer("SGD")._tracing().programs("float32", "float32")["update"]
     with pytest.raises(ValueError, match=r"params\['W'\] and its like have more elements than one launch can take"):
         cuda._fill(cuda._Table(program, 0, 1), leaves, [2**31 * 1024], 1024)
+
+
+# --- what the tests ask of a real GPU
+
+
+@pytest.fixture
+def real(monkeypatch: pytest.MonkeyPatch) -> Iterator[GPU]:
+    """What tests/gpu puts around a real GPU, around emulated ones: no slip in it waits for a machine that has one."""
+    monkeypatch.syspath_prepend(Path(__file__).with_name("gpu"))
+    import real_gpu
+
+    monkeypatch.setattr(real_gpu.RealGPU, "busy", EmulatedGPU.busy)  # its kernel is not for a host
+    with emulated_cupy(), real_gpu.real_gpu() as gpu:
+        yield gpu
+
+
+def test_captures_on_what_stands_for_a_real_gpu(real: GPU) -> None:
+    params = trees({"float16": np.dtype(np.float16)}, ((33, 41), (0,)), special=0)
+    make = partial(make_optimizer, "Adam", clip_norm=0.5, capturable=True)
+    capture_and_replay(real, make, params, lay=np.asfortranarray)
+
+
+def test_devices_of_what_stands_for_a_real_gpu(real: GPU) -> None:
+    def place(gpu: GPU, values: np.ndarray, number: int) -> Any:
+        return gpu.array(values[::-1].copy()[::-1], device=number % 2)
+
+    params = trees({"float32": np.dtype(np.float32)}, ((7, 9), (5,), (4099,)), special=0)
+    make, gradients = partial(make_optimizer, "Momentum"), [alike(params, seed=step, special=0) for step in range(3)]
+    follow(real, make, params, gradients, place=place, place_gradient=place)
+    assert set(real.devices) == {0, 1}
+    assert set(real.take()) == {"update", "copy"}
+
+
+def test_what_a_real_gpu_may_not_do_in_a_quiet_step(real: GPU) -> None:
+    x = real.array(np.ones(3))
+    assert real.busy(real.stream).done is False
+    for work in (
+        lambda: driver.event(),
+        lambda: driver.new_stream(),
+        lambda: driver.synchronize(0),
+        lambda: driver.zeros(3, float),
+        lambda: driver.to_host(x),
+        lambda: driver.upload(x, np.ones(3)),
+    ):
+        with real.quiet(), pytest.raises(AssertionError, match="may not wait"):
+            work()
 
 
 # --- sanitizers

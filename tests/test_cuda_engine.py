@@ -934,20 +934,29 @@ def test_capture_of_many_tensors(options: dict[str, Any], gpu: GPU) -> None:
     capture_and_replay(gpu, lambda: xo.Adam(lr=lambda step: 0.1 / (step + 1), capturable=True, **options), params)
 
 
-def test_an_ordinary_step_between_a_capture_and_its_first_replay(gpu: GPU) -> None:
+@pytest.mark.parametrize("device", [0, 1])
+def test_an_ordinary_step_between_a_capture_and_its_first_replay(device: int, gpu: GPU) -> None:
     """Both with gradients that are new to the table in device memory."""
+    import cupy
+
+    def place(gpu: GPU, values: np.ndarray, number: int) -> Any:
+        return gpu.array(values, device=device)
+
     params = {f"{i}": np.full(3 * (i % 9 == 0), i / 100, np.float32) for i in range(700)}
-    opt, expected_opt, on_gpu = (*(xo.Adam(capturable=True) for _ in range(2)), moved(gpu, params))
+    opt, expected_opt, on_gpu = (*(xo.Adam(capturable=True) for _ in range(2)), moved(gpu, params, place))
     first, second, third = (alike(params, seed=step, special=0) for step in range(3))
-    opt.update(on_gpu, moved(gpu, first))
-    elsewhere = moved(gpu, second)
-    with gpu.capture() as graph:
-        opt.update(on_gpu, elsewhere)
-    opt.update(on_gpu, elsewhere)
-    for key, g in third.items():
-        gpu.fill(elsewhere[key], g)
-    opt.prepare_replay()
-    graph.launch()
+    opt.update(on_gpu, moved(gpu, first, place))
+    elsewhere = moved(gpu, second, place)
+    with cupy.cuda.Device(device):
+        stream = cupy.cuda.Stream(non_blocking=True)
+        with stream, gpu.capture() as graph, cupy.cuda.Device(0):
+            opt.update(on_gpu, elsewhere)
+        with stream, cupy.cuda.Device(0):
+            opt.update(on_gpu, elsewhere)
+            for key, g in third.items():
+                gpu.fill(elsewhere[key], g)
+            opt.prepare_replay()
+        graph.launch(stream)
     for grads in (first, second, third):
         expected_opt.update(params, grads)
     assert_same(gpu, opt, on_gpu, expected_opt, params)

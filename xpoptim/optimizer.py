@@ -5,12 +5,15 @@ from __future__ import annotations
 import copy
 import ctypes
 import inspect
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Self
 
 from . import habits, hyperparameters, options
+from .engines import driver
 from .engines.ready import Ready
 from .engines.selection import selected
+from .engines.turns import Turns
 from .errors import TraceError
 from .fusion.dtypes import COMPLEX_DTYPES, REAL_DTYPES
 from .guard import Guard, exclusive
@@ -27,6 +30,7 @@ from .state import (
     checked_step,
     copied_state,
     fresh_slots,
+    gpus,
     loaded_signature,
     on_host,
     plain_state,
@@ -142,6 +146,7 @@ class Optimizer:
     _guard: Guard
     _known: Signature | None  # what the first update fixed
     _counter: Any  # an `engines.cuda.Counter`, while a GPU counts the steps
+    _turns: Turns  # of the work on what is kept on GPUs
     _captured: Any  # the plan that a captured graph runs
     _kept: list[Any]  # plans and states whose memory captured graphs use, replayed or not
     _verified: Any  # the parameters' places in memory that are known not to overlap
@@ -269,6 +274,7 @@ class Optimizer:
         object.__setattr__(self, "_ready", None)
         object.__setattr__(self, "_verified", None)
         object.__setattr__(self, "_counter", None)
+        object.__setattr__(self, "_turns", Turns())
         object.__setattr__(self, "_captured", None)
         object.__setattr__(self, "_kept", [])
 
@@ -302,21 +308,32 @@ class Optimizer:
         """``{"step": int, "slots": {name: {key: array}}}``: the arrays themselves, not copies.
 
         ``step`` counts the applied updates. There are no slots before the first. Where a GPU counts (``clip_norm`` or
-        ``capturable`` with CuPy arrays) reading waits for it.
+        ``capturable`` with CuPy arrays) reading waits for the last update, whatever stream that is on; once an update
+        was captured into a CUDA graph, for all work on that GPU. During a capture it raises ``RuntimeError``.
         """
-        if self._counter is not None:
-            self._state["step"] = self._counter.read()[0]
+        self._count_on_gpu()
         return self._state
 
     @property
     def skipped(self) -> int:
-        """The number of steps that a GPU has skipped, because the gradients' norm was not finite. Waits for it.
+        """The number of steps that a GPU has skipped, as the gradients' norm was not finite. It waits as `state` does.
 
         >>> import xpoptim as xo
         >>> xo.SGD().skipped
         0
         """
-        return self._counter.read()[1] if self._counter is not None else 0
+        return self._count_on_gpu()
+
+    def _count_on_gpu(self) -> int:
+        """Bring the step count up to date, if a GPU counts; the number of skipped steps."""
+        counter, state = self._counter, self._state
+        if counter is None:
+            return 0
+        written = state["step"] != counter.expected  # by the user: the GPU is told at the next step
+        applied, skipped = counter.read(self._turns)
+        if not written:
+            state["step"] = applied
+        return skipped
 
     def check(self) -> None:
         """Raise ``FloatingPointError`` if a GPU has skipped steps. On NumPy arrays `update` itself raises.
@@ -324,9 +341,10 @@ class Optimizer:
         >>> import xpoptim as xo
         >>> xo.SGD().check()
         """
-        if self.skipped:
+        skipped = self.skipped
+        if skipped:
             raise FloatingPointError(
-                f"{self.skipped} steps were skipped, since the norm of the gradients was not finite; "
+                f"{skipped} steps were skipped, since the norm of the gradients was not finite; "
                 "parameters and state are those of the applied steps"
             )
 
@@ -335,9 +353,18 @@ class Optimizer:
         parts += [f"{n}={getattr(self, n)!r}" for n in self._options if getattr(self, n) != getattr(type(self), n)]
         return f"{type(self).__name__}({', '.join(parts)})"
 
+    def __del__(self) -> None:
+        if not sys.is_finalizing():
+            self._turns.release()
+
     def __getstate__(self) -> dict[str, Any]:
         """For pickles. CuPy's slots are in them as NumPy arrays: they go to the GPU of their parameters again."""
-        return self._settings() | {"_state": on_host(self.state)}
+        return self._settings() | {"_state": self._copied_state(on_host)}
+
+    def _copied_state(self, copied: Callable[[State], State] = copied_state) -> State:
+        state = self.state
+        with self._turns.apart("a state cannot be copied"):
+            return copied(state)
 
     def _settings(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in (*self._fields, *self._options, "_known")}
@@ -346,16 +373,17 @@ class Optimizer:
         self._forget()
         for name, value in state.items():
             object.__setattr__(self, name, value)
+        self._turns.end(gpus(self._state))  # which the slots were just copied on
 
     def __copy__(self) -> Optimizer:
         """A copy with a state of its own: two optimizers must not step the same slots."""
-        new = object.__new__(type(self))
-        new.__setstate__(self._settings() | {"_state": copied_state(self.state)})
+        new = type(self).__new__(type(self))
+        new.__setstate__(self._settings() | {"_state": self._copied_state()})
         return new
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Optimizer:
-        memo[id(self)] = new = object.__new__(type(self))
-        new.__setstate__(copy.deepcopy(self._settings(), memo) | {"_state": copied_state(self.state)})
+        memo[id(self)] = new = type(self).__new__(type(self))
+        new.__setstate__(copy.deepcopy(self._settings(), memo) | {"_state": self._copied_state()})
         return new
 
     @property
@@ -478,7 +506,15 @@ class Optimizer:
         """One step over leaves: every check, then every write. Only this method and `_again` change a state."""
         traced = self._tracing()
         check(leaves, writing=writing)
-        _refuse_capture(leaves)
+        devices = {leaf.p.data.device_id for leaf in leaves if leaf.space == "cupy"}
+        _refuse_capture(devices)
+        if not writing:
+            return self._carry_out(traced, leaves, state, writing=False)
+        self._turns.release()  # the plan of the last step gives way to another
+        with self._turns.taken(devices):
+            return self._carry_out(traced, leaves, state, writing=True)
+
+    def _carry_out(self, traced: Traced, leaves: list[Leaf], state: State, *, writing: bool) -> Step:
         known = check_signature(type(self).__name__, self._known, leaves) if writing else None
         slots = slots_for(type(self).__name__, self._slot_starts(), leaves, state)
         if writing:
@@ -543,25 +579,31 @@ class Optimizer:
 
     def _again_on_gpu(self, ready: Ready, values: list[float]) -> bool:
         """The same for CuPy arrays. While a graph is captured, nothing is done yet, and so nothing is counted."""
-        from .engines import driver
-
         counter, capturing = self._counter, any(map(driver.capturing, ready.plan.devices))
         counted = self.capturable or bool(ready.recipe.reductions)
-        if (counter is not None) is not counted or (capturing and not self.capturable):
+        if (counter is not None) is not counted:
             return False
-        if counter is None:
-            ready.plan.run(values)
-        else:
-            if counter.expected != self._state["step"]:
-                counter.write(self._state["step"])
-            ready.plan.run_on_device(values, counter, from_state=capturing)
         if capturing:
+            if not self.capturable or counter.expected != self._state["step"]:
+                return False  # an error, which the full step raises
+            self._turns.captured = True
             object.__setattr__(self, "_captured", ready.plan)
             self._kept.append(ready.plan)
-        else:
+            ready.plan.run_on_device(values, counter, from_state=True)
+            return True
+        self._turns.begin(ready.plan.devices)
+        try:
+            if counter is None:
+                ready.plan.run(values)
+            else:
+                if counter.expected != self._state["step"]:
+                    counter.write(self._state["step"])
+                ready.plan.run_on_device(values, counter, from_state=False)
             self._state["step"] += 1
             if counter is not None:
                 counter.expected += 1
+        finally:
+            self._turns.end(ready.plan.devices)
         return True
 
     @exclusive
@@ -570,7 +612,9 @@ class Optimizer:
 
         The step count advances by itself; schedules are evaluated here, for the step that the replay will be. Without
         this call a replay uses the hyperparameters of the last one. Raises ``RuntimeError`` if nothing was captured, or
-        if what is computed has changed since (an option was switched on or off)::
+        if what is computed has changed since (an option was switched on or off). Call it on the stream of the replay,
+        which then also comes behind all that was done with the optimizer before; what comes behind a replay on another
+        stream is yours to order, since graphs are launched without the optimizer's knowledge::
 
             opt = xo.Adam(lr=schedule, capturable=True)
             opt.update(params, grads)                    # compiles and allocates
@@ -592,7 +636,9 @@ class Optimizer:
             )
         if plan.recipe != self._recipe:
             raise RuntimeError("prepare_replay: an option was switched on or off since the capture: capture again")
-        plan.set_inputs(self._scalars(self._recipe, self._state["step"]), counter)
+        self._turns.refuse_capture("a replay cannot be prepared", plan.devices)
+        with self._turns.taken(plan.devices):
+            plan.set_inputs(self._scalars(self._recipe, self._state["step"]), counter)
         self._state["step"] += 1
         counter.expected += 1
 
@@ -618,7 +664,7 @@ class Optimizer:
             "class": public_name(type(self)),
             "hyperparameters": values,
             "parameters": recorded_signature(self._known),
-            **copied_state(self._state),
+            **self._copied_state(),
         }
 
     @exclusive
@@ -643,7 +689,9 @@ class Optimizer:
         if "class" not in d:
             raise ValueError(f"{name}.load_state_dict takes what state_dict() returns, which has an entry 'class'")
         check_class(type(self), d["class"])
-        state = copied_state(plain_state(type(self).__name__, self._slot_names(), d))
+        state = plain_state(type(self).__name__, self._slot_names(), d)
+        with self._turns.apart("a state cannot be loaded", gpus(state)):
+            state = copied_state(state)
         known = loaded_signature(name, d)
         if self._state["slots"]:
             check_same(self._state["slots"], state["slots"])
@@ -653,10 +701,12 @@ class Optimizer:
         if self._captured is not None:  # a graph writes to the old slots: it must not be replayed, nor its memory freed
             self._kept.append(self._state)
             object.__setattr__(self, "_captured", None)
+        self._turns.release()
         object.__setattr__(self, "_state", state)
         object.__setattr__(self, "_ready", None)
         if self._counter is not None:
-            self._counter.write(state["step"])
+            with self._turns.taken([self._counter.device]):
+                self._counter.write(state["step"])
 
     # -----------------------------------------------------------------------------------------------------------------
     # Looking inside
@@ -734,14 +784,9 @@ def _counted(state: State, run: Callable[..., Any], *arguments: Any) -> Any:
             state["step"] -= 1
 
 
-def _refuse_capture(leaves: list[Leaf]) -> None:
+def _refuse_capture(devices: set[int]) -> None:
     """A step that must check, compile or allocate cannot be captured in a CUDA graph."""
-    gpus = {leaf.p.data.device_id for leaf in leaves if leaf.space == "cupy"}
-    if not gpus:
-        return
-    from .engines import driver
-
-    if any(map(driver.capturing, gpus)):
+    if any(map(driver.capturing, devices)):
         raise RuntimeError(
             "update cannot be captured now: make the optimizer with capturable=True, and run update once on the "
             "same arrays (and with the same options) before the capture"

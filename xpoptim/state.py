@@ -254,6 +254,12 @@ def on_host(state: State) -> State:
     return state | _with_each_slot(_on_host, state)
 
 
+def gpus(state: State) -> set[int]:
+    """The GPUs that slots lie on."""
+    slots = [slot for slots in state["slots"].values() for slot in slots.values()]
+    return {slot.data.device_id for slot in slots if namespace_name(slot) == "cupy"}
+
+
 def _on_host(slot: Any) -> Any:
     if namespace_name(slot) != "cupy":
         return slot

@@ -36,7 +36,10 @@ class EmulatedGPU(GPU):
         self.stream = machine.Stream(non_blocking=True)
 
     def array(self, values: Any, offset: int = 0, device: int = 0) -> Any:
-        return like(values, offset, device)
+        array = like(values, offset, device)
+        with self.machine.on(device) as stream:  # as with a transfer that is waited for
+            stream.queue.run()
+        return array
 
     def to_numpy(self, array: Any) -> np.ndarray:
         self.machine.synchronize()
@@ -45,6 +48,9 @@ class EmulatedGPU(GPU):
     def fill(self, array: Any, values: Any) -> None:
         with self.machine.on(array.data.device_id):
             _give_assignment(self.machine, array, values)
+
+    def busy(self, stream: Any) -> Any:
+        return stream.record()  # anything takes until it is waited for
 
     @contextlib.contextmanager
     def quiet(self) -> Iterator[None]:
@@ -61,13 +67,20 @@ def emulated_gpu(*, devices: int = 2, backward: bool = False) -> Iterator[Emulat
 
     The current stream is ``gpu.stream``. All work has been done at the end.
     """
+    with emulated_cupy(devices=devices, backward=backward) as machine:
+        gpu = EmulatedGPU(machine)
+        with gpu.recorded(), gpu.stream:
+            yield gpu
+
+
+@contextlib.contextmanager
+def emulated_cupy(*, devices: int = 2, backward: bool = False) -> Iterator[Machine]:
+    """CuPy and the engine over a host that takes the place of GPUs, with the default streams current."""
     global _machine
     machine = _machine = Machine(devices)
     try:
         with _patches(machine, backward):
-            gpu = EmulatedGPU(machine)
-            with gpu.recorded(), gpu.stream:
-                yield gpu
+            yield machine
             machine.synchronize()
     finally:
         _machine = None

@@ -255,7 +255,15 @@ class Stream:
             return self._queue
         return self.machine.default_of_thread(self.device) if self.ptr else self.machine.default[self.device]
 
+    def _refuse_implicit(self) -> None:
+        """The default stream cannot wait for blocking streams while one of them is captured."""
+        if self.queue is self.machine.default[self.device] and any(
+            stream.device == self.device and not stream.is_non_blocking for stream in self.machine.capturing
+        ):
+            raise RuntimeError("cudaErrorStreamCaptureImplicit: a blocking stream is being captured")
+
     def give(self, work: Work) -> None:
+        self._refuse_implicit()
         if self.graph is not None:
             self.graph.work.append(work)
             return
@@ -328,6 +336,7 @@ class Stream:
         return graph
 
     def is_capturing(self) -> bool:
+        self._refuse_implicit()
         return self.graph is not None
 
 

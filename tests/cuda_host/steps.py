@@ -57,7 +57,11 @@ class GPU(list[str]):
         return names
 
     def array(self, values: Any, offset: int = 0, device: int = 0) -> Any:
-        """A CuPy array with the values, strides and all, ``offset`` bytes beyond a multiple of 512."""
+        """A CuPy array with the values, strides and all, ``offset`` bytes beyond a multiple of 512.
+
+        They are there for every stream. The memory is that of the current stream: who uses the array on another keeps
+        it until that is done.
+        """
         raise NotImplementedError
 
     def to_numpy(self, array: Any) -> np.ndarray:
@@ -66,6 +70,10 @@ class GPU(list[str]):
 
     def fill(self, array: Any, values: Any) -> None:
         """Write values into an array, where it is, on the current stream of its device."""
+        raise NotImplementedError
+
+    def busy(self, stream: Any) -> Any:
+        """Give a stream something long to do; the event after it, which is not reached while nobody waits for it."""
         raise NotImplementedError
 
     def quiet(self) -> AbstractContextManager[None]:

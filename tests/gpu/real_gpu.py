@@ -15,6 +15,17 @@ from cuda_host.steps import GPU
 
 from xpoptim.engines import cuda, driver, nvrtc
 
+# Keeps a GPU busy for so many nanoseconds.
+SPIN = r"""
+extern "C" __global__ void spin(long long nanoseconds) {
+    unsigned long long start, now;
+    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(start));
+    do asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
+    while (now - start < (unsigned long long)nanoseconds);
+}
+"""
+LONG = 300_000_000  # nanoseconds: a hundred times what a step takes the host
+
 
 def why_not() -> str:
     """What keeps these tests from running here, or an empty string."""
@@ -54,6 +65,7 @@ class RealGPU(GPU):
     def __init__(self, stream: Any) -> None:
         super().__init__()
         self.stream = stream
+        self._spin: dict[int, Any] = {}  # a kernel that takes long, for each device
 
     def array(self, values: Any, offset: int = 0, device: int = 0) -> Any:
         import cupy
@@ -99,6 +111,17 @@ class RealGPU(GPU):
             raw = memory.get()
         return np.ndarray(array.shape, array.dtype, raw, -before, array.strides), raw, memory
 
+    def busy(self, stream: Any) -> Any:
+        import cupy
+
+        device = self.device if stream.device_id == -1 else stream.device_id
+        with cupy.cuda.Device(device):
+            if device not in self._spin:  # to load a module may wait for the GPU
+                arch = driver.architecture(device)
+                self._spin[device] = driver.load(nvrtc.cubin(SPIN, arch), arch).get_function("spin")
+            self._spin[device]((1,), (1,), (np.int64(LONG),), stream=stream)
+            return stream.record(cupy.cuda.Event())
+
     @contextlib.contextmanager
     def quiet(self) -> Iterator[None]:
         import cupy
@@ -110,9 +133,12 @@ class RealGPU(GPU):
                 raise AssertionError(f"{about['size']} bytes of device memory are allocated")
 
         def refuse(*_: Any) -> Any:
-            raise AssertionError("a copy between host and GPU in a step that may not wait")
+            raise AssertionError(
+                "a step that may not wait makes an event or a stream, waits, or copies to or from the host"
+            )
 
-        with mock.patch.multiple(driver, upload=refuse, to_host=refuse, zeros=refuse), NoMemory():
+        refused = ("upload", "to_host", "zeros", "event", "new_stream", "synchronize")
+        with mock.patch.multiple(driver, **dict.fromkeys(refused, refuse)), NoMemory():
             yield
 
 

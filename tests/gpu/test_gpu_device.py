@@ -10,23 +10,12 @@ import numpy as np
 import pytest
 from cuda_host.steps import GPU, alike, askew, assert_same, follow, moved, trees
 from helpers import DTYPES, RULES, assert_same_bits, from_words, make_optimizer, random_values
-from real_gpu import RealGPU, real_gpu, skip_without_gpu
+from real_gpu import SPIN, RealGPU, real_gpu, skip_without_gpu
 
 import xpoptim as xo
 from xpoptim.engines import driver, nvrtc
 
 skip_without_gpu()
-
-# Keeps a GPU busy for so many nanoseconds.
-SPIN = r"""
-extern "C" __global__ void spin(long long nanoseconds) {
-    unsigned long long start, now;
-    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(start));
-    do asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
-    while (now - start < (unsigned long long)nanoseconds);
-}
-"""
-LONG = 300_000_000  # nanoseconds: a hundred times what a step takes the host
 
 
 @pytest.fixture
@@ -149,18 +138,6 @@ def test_more_elements_than_32_bits_count(gpu: GPU) -> None:
 # --- time and streams
 
 
-def busy(stream: Any, nanoseconds: int = LONG) -> Any:
-    """Give a stream something long to do; the event after it."""
-    import cupy
-
-    kernel = driver.load(nvrtc.cubin(SPIN, driver.architecture(0)), driver.architecture(0)).get_function("spin")
-    with stream:
-        driver.launch(kernel, 1, 1, (np.int64(nanoseconds),))
-        event = cupy.cuda.Event()
-        event.record(stream)
-    return event
-
-
 @pytest.mark.parametrize("options", [{}, {"clip_norm": 0.5}, {"capturable": True}], ids=["plain", "norm", "capturable"])
 @pytest.mark.parametrize("count", [3, 1000])
 def test_no_step_waits_for_the_gpu(count: int, options: dict[str, Any], gpu: RealGPU) -> None:
@@ -172,7 +149,7 @@ def test_no_step_waits_for_the_gpu(count: int, options: dict[str, Any], gpu: Rea
     gradients = [alike(params, seed=step, special=0) for step in range(4)]
     given = [moved(gpu, grads) for grads in gradients]
     opt.update(on_gpu, given[0])  # compiles and allocates
-    before = busy(gpu.stream)
+    before = gpu.busy(gpu.stream)
     with gpu.quiet():
         for grads in given[1:]:
             opt.lr = opt.lr / 2
@@ -194,42 +171,12 @@ def test_steps_are_in_the_order_of_their_stream(gpu: RealGPU) -> None:
     grads, late = {"W": gpu.array(np.zeros_like(values[0]))}, gpu.array(values[1])
     opt = xo.SGD(lr=0.25)
     opt.update(params, grads)
-    event = busy(gpu.stream)
+    event = gpu.busy(gpu.stream)
     grads["W"].data.copy_from_device_async(late.data, late.nbytes, gpu.stream)
     opt.update(params, grads)
     assert not event.done
     assert cupy.cuda.get_current_stream() == gpu.stream
     assert_same_bits(gpu.host(params["W"]), values[0] - np.float32(0.25) * values[1])
-
-
-def test_two_streams(gpu: RealGPU) -> None:
-    """An optimizer on a stream is not held up by another's, and both are right."""
-    import cupy
-
-    params = trees({"float32": np.dtype(np.float32)}, special=0)
-    streams = [cupy.cuda.Stream(non_blocking=True) for _ in range(2)]
-    opts = [make_optimizer("Adam", clip_norm=0.5) for _ in streams]
-    on_gpu = [moved(gpu, params) for _ in streams]
-    gradients = [alike(params, seed=step, special=0) for step in range(4)]
-    given = [moved(gpu, grads) for grads in gradients]
-    gpu.stream.synchronize()
-    for k, stream in enumerate(streams):
-        with stream:
-            opts[k].update(on_gpu[k], given[0])
-    streams[1].synchronize()
-    first = busy(streams[0])
-    for grads in given[1:]:
-        for k, stream in enumerate(streams):
-            with stream:
-                opts[k].update(on_gpu[k], grads)
-    streams[1].synchronize()
-    assert not first.done, "the second stream has waited for the first"
-    streams[0].synchronize()
-    expected_opt = make_optimizer("Adam", clip_norm=0.5)
-    for grads in gradients:
-        expected_opt.update(params, grads)
-    for k in range(2):
-        assert_same(gpu, opts[k], on_gpu[k], expected_opt, params)
 
 
 def test_the_default_stream() -> None:

@@ -6,6 +6,7 @@ import pytest
 from cuda_host.steps import GPU
 from real_gpu import real_gpu, skip_without_gpu
 from test_cuda_engine import *  # noqa: F403  # each test once more, with the fixture below
+from test_cuda_streams import *  # noqa: F403
 
 skip_without_gpu()
 

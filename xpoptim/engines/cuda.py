@@ -1,8 +1,9 @@
 """The CUDA engine: one launch of a fused kernel for all CuPy arrays of a device and a pair of dtypes.
 
 A step neither waits for the GPU nor, after the first, allocates on it. The kernels run on CuPy's current stream
-of the arrays' own device. Where the host cannot know the scalars (a global norm, or `capturable=True`) a
-one-thread kernel works them out on the device, which then keeps the step count: see `Counter`.
+of the arrays' own device; if that is another one than at the step before, `turns` orders the two. Where the host
+cannot know the scalars (a global norm, or `capturable=True`) a one-thread kernel works them out on the device, which
+then keeps the step count: see `Counter`.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from ..leaves import Leaf
 from ..memory import dense_alike
 from ..recipe import Traced
 from . import driver
+from .turns import Turns
 
 _MOST_BYTES = 32_764  # of a kernel's parameters
 _OTHER_BYTES = 40  # of them for what comes beside the table
@@ -152,13 +154,11 @@ class Counter:
     def write(self, step: int) -> None:
         """Go on counting from ``step``."""
         self.expected = step  # what the host believes
-        with driver.on(self.device):
-            driver.upload(self.state[text.STEP : text.STEP + 1], np.array([float(step)]))
+        driver.upload(self.state[text.STEP : text.STEP + 1], np.array([float(step)]))
 
-    def read(self) -> tuple[int, int]:
-        """Applied and skipped steps; waits for the device."""
-        with driver.on(self.device):
-            words = driver.to_host(self.state)
+    def read(self, turns: Turns) -> tuple[int, int]:
+        """Applied and skipped steps after the last turn; waits for that."""
+        words = turns.read("the step count cannot be read", self.state)
         self.expected = int(words[text.STEP])
         return self.expected, int(words[text.SKIPPED])
 

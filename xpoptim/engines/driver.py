@@ -63,18 +63,51 @@ def upload(to: Any, values: np.ndarray) -> None:
         to.set(values)
 
 
-def to_host(array: Any) -> np.ndarray:
-    """In C order, or in Fortran's if the array lies in that. Waits for the current stream of the array's GPU."""
+def to_host(array: Any, stream: Any = None) -> np.ndarray:
+    """In C order, or in Fortran's if the array lies in that. Waits for a stream, or the current one of its GPU."""
     with beside(array):
-        return array.get(order="A")
+        return array.get(stream, order="A")
+
+
+def stream(device: int) -> Any:
+    """The current stream of a GPU."""
+    import cupy
+
+    return cupy.cuda.get_current_stream(device)
 
 
 def capturing(device: int) -> bool:
     """Whether the current stream of a GPU is being captured into a CUDA graph."""
+    return bool(stream(device).is_capturing())
+
+
+def closed(stream: Any) -> bool:
+    """Whether work that a stream was given now would go into a capture, or break one."""
+    try:
+        return bool(stream.is_capturing())
+    except RuntimeError:  # CUDA's, for the default stream while a stream that waits for it is captured
+        return True
+
+
+def new_stream() -> Any:
+    """On the current GPU; it waits for no other stream."""
     import cupy
 
-    with on(device):
-        return bool(cupy.cuda.get_current_stream().is_capturing())
+    return cupy.cuda.Stream(non_blocking=True)
+
+
+def event() -> Any:
+    """On the current GPU, to be recorded as often as wanted."""
+    import cupy
+
+    return cupy.cuda.Event(disable_timing=True)
+
+
+def synchronize(device: int) -> None:
+    """Wait for all that a GPU was given, in whatever stream."""
+    import cupy
+
+    cupy.cuda.Device(device).synchronize()
 
 
 def dense(array: Any) -> Any:

@@ -33,7 +33,11 @@ def why_not() -> str:
         return "needs a GPU, and CuPy (pip install '.[cuda13]')"
     import cupy  # after ml_dtypes, which `cuda_host.steps` has imported: so it knows bfloat16
 
-    if not cupy.cuda.is_available():
+    try:
+        available = cupy.cuda.is_available()
+    except cupy.cuda.runtime.CUDARuntimeError:  # CuPy 13, where there is no driver
+        available = False
+    if not available:
         return "needs a GPU: CuPy finds no NVIDIA GPU, or no driver for it"
     try:
         nvrtc.version()

@@ -1,5 +1,6 @@
 """The CUDA engine emulated on the host: what can go wrong before a kernel runs, and what only an emulation shows."""
 
+import gc
 import re
 from collections.abc import Iterator
 from functools import partial
@@ -11,7 +12,7 @@ from unittest import mock
 import numpy as np
 import pytest
 from cuda_host.emulated import EmulatedGPU, emulated_cupy, emulated_gpu, like
-from cuda_host.host_kernel import HostModule, host_memory, missing, run_sanitized, to_numpy
+from cuda_host.host_kernel import HostModule, Memory, host_memory, missing, run_sanitized, to_numpy
 from cuda_host.steps import GPU, alike, capture_and_replay, follow, trees
 from helpers import assert_same_bits, assert_same_tree, make_optimizer
 
@@ -247,6 +248,24 @@ def test_what_a_real_gpu_may_not_do_in_a_quiet_step(real: GPU) -> None:
     ):
         with real.quiet(), pytest.raises(AssertionError, match="may not wait"):
             work()
+
+
+# --- the emulation itself
+
+
+def test_memory_of_garbage_in_a_cycle(gpu: EmulatedGPU) -> None:
+    """It stays while work waits, which may have its address, as other memory does."""
+    import cupy
+
+    cycles: list[Any] = [[cupy.zeros(1000)] for _ in range(100)]
+    addresses = {cycle[0].data.ptr for cycle in cycles}
+    for cycle in cycles:
+        cycle.append(cycle)
+    del cycles, cycle
+    gc.collect()
+    others = [Memory(8000) for _ in range(100)]
+    assert addresses.isdisjoint(other.address for other in others)
+    gpu.machine.synchronize()
 
 
 # --- sanitizers

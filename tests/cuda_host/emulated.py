@@ -323,13 +323,13 @@ _machine: Machine | None = None  # that is emulated now
 _left: list[Memory] = []  # given back while work was waiting, which may have the address
 
 
-class _Lent:
+class _Lent(Memory):
     """Memory of a device. It goes back to the stream that it was taken in, as to CuPy's pool, and what that stream
     does with it next, here to fill it with NaN, waits for no other stream.
     """
 
     def __init__(self, size: int, device: int) -> None:
-        self.memory = Memory(size)
+        super().__init__(size)
         self._size, self._machine, self._queue = size, _machine, None
         if _machine is not None:
             with _machine.on(device) as stream:
@@ -337,13 +337,15 @@ class _Lent:
 
     def __del__(self) -> None:
         if self._queue is None or self._machine is not _machine or self._machine.idle:
+            super().__del__()
             return
-        _left.append(self.memory)
-        self._queue.append(functools.partial(ctypes.memset, self.memory.address, 0xFF, self._size))
+        # In a new owner's hands: of garbage in a cycle every part is finalized, whatever another part saves.
+        _left.append(Memory.of(self.address))
+        self._queue.append(functools.partial(ctypes.memset, self.address, 0xFF, self._size))
 
 
 def _allocate(size: int, device: int) -> Any:
     import cupy
 
     lent = _Lent(size, device)
-    return cupy.cuda.MemoryPointer(cupy.cuda.UnownedMemory(lent.memory.address, size, lent, device), 0)
+    return cupy.cuda.MemoryPointer(cupy.cuda.UnownedMemory(lent.address, size, lent, device), 0)

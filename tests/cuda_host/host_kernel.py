@@ -188,14 +188,22 @@ def _compiler() -> str:
 class Memory:
     """Memory as a GPU's allocator gives it out: at a multiple of 512, and with anything in it, here NaN."""
 
+    _libc = ctypes.CDLL(None)
+
     def __init__(self, size: int) -> None:
-        self._libc = ctypes.CDLL(None)
         pointer = ctypes.c_void_p()
         if self._libc.posix_memalign(ctypes.byref(pointer), ctypes.c_size_t(512), ctypes.c_size_t(size)):
             raise MemoryError(f"no {size} bytes")
         assert pointer.value is not None
         self.address = pointer.value
         ctypes.memset(self.address, 0xFF, size)
+
+    @classmethod
+    def of(cls, address: int) -> Memory:
+        """Memory that was taken before."""
+        memory = cls.__new__(cls)
+        memory.address = address
+        return memory
 
     def __del__(self) -> None:
         if hasattr(self, "address"):

@@ -1,9 +1,14 @@
-"""A real GPU behind the interface that the emulated one has, so that both run the same tests."""
+"""A real GPU behind the interface that the emulated one has, so that both run the same tests.
+
+With ``XPOPTIM_TEST_GPU=emulated`` what is here runs on an emulated CuPy instead, and at small sizes: so a slip in these
+tests shows without a GPU.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Any
@@ -11,24 +16,39 @@ from unittest import mock
 
 import numpy as np
 import pytest
+from cuda_host.emulated import emulated_gpu
+from cuda_host.host_kernel import missing
 from cuda_host.steps import GPU
 
 from xpoptim.engines import cuda, driver, nvrtc
 
-# Keeps a GPU busy for so many nanoseconds.
+EMULATED = os.environ.get("XPOPTIM_TEST_GPU") == "emulated"
+# What an emulation cannot show: CuPy's pool and its kernels, the driver's loader, a GPU's memory.
+needs_a_real_one = pytest.mark.skipif(EMULATED, reason="needs a GPU that is not emulated")
+
+# Keeps a GPU busy for so many nanoseconds. Emulated work takes until it is waited for.
 SPIN = r"""
 extern "C" __global__ void spin(long long nanoseconds) {
+#ifdef __CUDA_ARCH__
     unsigned long long start, now;
     asm volatile("mov.u64 %0, %globaltimer;" : "=l"(start));
     do asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
     while (now - start < (unsigned long long)nanoseconds);
+#endif
 }
 """
 LONG = 300_000_000  # nanoseconds: a hundred times what a step takes the host
 
 
+def size(real: int, emulated: int) -> int:
+    """Elements or steps of a test."""
+    return emulated if EMULATED else real
+
+
 def why_not() -> str:
     """What keeps these tests from running here, or an empty string."""
+    if EMULATED:
+        return missing() or ""
     if find_spec("cupy") is None:
         return "needs a GPU, and CuPy (pip install '.[cuda13]')"
     import cupy  # after ml_dtypes, which `cuda_host.steps` has imported: so it knows bfloat16
@@ -59,8 +79,8 @@ class _Named:
         self.name = name
         self._function = function
 
-    def __call__(self, *arguments: Any) -> None:
-        self._function(*arguments)
+    def __call__(self, *arguments: Any, **named: Any) -> None:
+        self._function(*arguments, **named)
 
 
 class RealGPU(GPU):
@@ -149,6 +169,12 @@ class RealGPU(GPU):
 @contextlib.contextmanager
 def real_gpu() -> Iterator[RealGPU]:
     """The GPU, with a record of what the engine launches."""
+    with emulated_gpu() if EMULATED else contextlib.nullcontext(), _real_gpu() as gpu:
+        yield gpu
+
+
+@contextlib.contextmanager
+def _real_gpu() -> Iterator[RealGPU]:
     import cupy
 
     gpu = RealGPU(cupy.cuda.Stream(non_blocking=True))

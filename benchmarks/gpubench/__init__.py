@@ -1,0 +1,1 @@
+"""The parts of the GPU check: ``benchmarks/gpu.py`` puts them together."""

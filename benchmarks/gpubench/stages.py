@@ -179,7 +179,19 @@ class Check:
             self.keep("tests", f"not run: {', '.join(missing)} not installed", ok=False)
             return
         # The project's own options may ask for plugins that are not here; packages' warnings are no errors here.
-        words = ["-v", "-rfE", "--tb=short", "-o", "addopts=", "-W", "default", "-p", "no:cacheprovider", "-p", "gpubench.outcomes"]
+        words = [
+            "-v",
+            "-rfE",
+            "--tb=short",
+            "-o",
+            "addopts=",
+            "-W",
+            "default",
+            "-p",
+            "no:cacheprovider",
+            "-p",
+            "gpubench.outcomes",
+        ]
         words += ["--outcomes", str(kept), *(["--timeout=60"] if installed("pytest-timeout") else [])]
 
         def counted(ended: Ended) -> dict[str, Any]:

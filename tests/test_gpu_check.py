@@ -87,7 +87,7 @@ def test_what_is_missing_is_said(emulated: None, monkeypatch: pytest.MonkeyPatch
         ("hypothesis", "not installed", "the tests are not run"),
         ("array-api-compat", "not installed", "NumPy and CuPy arrays do not need it"),
         ("compute-sanitizer", "not found", "memcheck and racecheck are not run"),
-        ("nvidia-smi", "not found", "the driver's version is not recorded"),
+        ("nvidia-smi", "not found", "driver and clock are known only where nvidia-ml-py is installed"),
     ]:
         (line,) = (line for line in lines if line.startswith(f"{name} "))
         assert what in line
@@ -125,11 +125,13 @@ def test_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nvml.__dict__.update(
         NVML_CLOCK_SM=1,
         nvmlInit=lambda: None,
+        nvmlSystemGetDriverVersion=lambda: b"580.2",  # as bytes in its older versions
         nvmlDeviceGetHandleByPciBusId=lambda bus: "handle",
         nvmlDeviceGetClockInfo=lambda handle, what: 1980 if (handle, what) == ("handle", 1) else 0,
     )
     with mock.patch.dict(sys.modules, {"pynvml": nvml}):
         assert machine.Clock().sm_mhz() == 1980
+        assert machine.Clock().driver() == "580.2"
     monkeypatch.setenv("PATH", str(tmp_path))
     with mock.patch.dict(sys.modules, {"pynvml": None}):
         assert machine.Clock().sm_mhz() is None

@@ -130,14 +130,18 @@ def findings() -> list[Finding]:
         "pytest-timeout": "a test that hangs ends all tests",
         "array-api-compat": "NumPy and CuPy arrays do not need it",
         "array-api-strict": "the tests of tests/gpu do not need it",
-        "nvidia-ml-py": "clocks are asked of nvidia-smi",
+        "nvidia-ml-py": "driver and clock are asked of nvidia-smi",
     }.items():
         version = installed(name)
         found.append(Finding(name, version or "not installed", not version, without))
     place = compute_sanitizer()
     found.append(Finding("compute-sanitizer", place or "not found", not place, "memcheck and racecheck are not run"))
     smi = shutil.which("nvidia-smi") or ""
-    found.append(Finding("nvidia-smi", smi or "not found", not smi, "the driver's version is not recorded"))
+    found.append(
+        Finding(
+            "nvidia-smi", smi or "not found", not smi, "driver and clock are known only where nvidia-ml-py is installed"
+        )
+    )
     return found
 
 
@@ -202,6 +206,13 @@ class Clock:
             return None
 
     def driver(self) -> str:
+        """Its version, or an empty string."""
+        try:
+            if self._handle is not None:
+                version = self._nvml.nvmlSystemGetDriverVersion()
+                return version.decode() if isinstance(version, bytes) else version
+        except Exception:
+            pass
         return self._query("driver_version")
 
     def _query(self, what: str) -> str:

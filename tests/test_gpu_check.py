@@ -496,10 +496,20 @@ def test_why_a_target_was_not_measured(tmp_path: Path) -> None:
     record.rows_of(large)[1].note = "torch is not installed"
     rows_of(record, thousand, torch_fused=[1.0])
     record.rows_of(thousand)[0].error = "ValueError: no"
+    small = next(case for case in FULL.cases() if case.key == "Adam, 1 x 1,000,000")
+    rows_of(record, small, xpoptim=[1.0])
+    record.rows_of(small)[1].note = "torch is not installed"
+    record.rows_of(small)[0].in_l2 = True  # which keeps no ratio of times from being taken
     reasons = {target.what: target.measured for target in report.targets(record)}
     what = "torch fused's time over xpoptim's, {}: at least 1 times"
     assert reasons[what.format(large.key)] == "torch fused: torch is not installed"
     assert reasons[what.format(thousand.key)] == "xpoptim: ValueError: no"
+    assert reasons[what.format(small.key)] == "torch fused: torch is not installed"
+    assert reasons[f"CuPy code's time over xpoptim's, {small.key}: at least 5 times"] == "the time was up in this case"
+    for row in record.rows_of(large):
+        row.in_l2 = True
+    share = f"share of a copy's bandwidth, {large.key}: at least 0.9"
+    assert {target.what: target.measured for target in report.targets(record)}[share] == "xpoptim: in L2, not in memory"
     assert reasons[what.format("Adam, 1 x 1,000")] == "the time was up before this case"
     assert reasons["the CPU's bits for every rule and dtype (tests)"] == "the tests were not run"
     record.stages["tests"] = {"outcome": "failed", "bits": {"collected": 20, "passed": 19, "failed": 1}}

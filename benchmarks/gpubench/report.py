@@ -123,15 +123,14 @@ def unmeasured(target: Target) -> Target:
 
 def why_not(rows: list[Row], names: tuple[str, str]) -> str:
     """Why two contenders cannot be compared."""
-    for name in names:
-        row = next((row for row in rows if row.contender == name), None)
-        if row is None:
-            return "the time was up before this case"
-        if row.error or row.note:
-            return f"{name}: {row.error or row.note}"
-        if row.in_l2:
-            return f"{name}: in L2, not in memory"
-    return "the time was up in this case"
+    found = [row for name in names for row in rows if row.contender == name]
+    if len(found) < 2:
+        return "the time was up before this case"
+    if reasons := [f"{row.contender}: {row.error or row.note}" for row in found if row.error or row.note]:
+        return reasons[0]
+    if not all(row.step_ms for row in found):
+        return "the time was up in this case"
+    return f"{next(row.contender for row in found if row.in_l2)}: in L2, not in memory"
 
 
 def bits(record: Record) -> Target:

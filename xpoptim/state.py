@@ -211,10 +211,9 @@ def _fitting(slot: Any, leaf: Leaf, name: str) -> Any:
             f"{place} is a {space} array but the parameter is a {leaf.space} array: "
             "the namespace is fixed by the first step"
         )
-    with beside(leaf.p):
-        return namespace(leaf.p).asarray(
-            np.array(slot), dtype=getattr(namespace(leaf.p), dtype_name(slot)), device=device_of(leaf.p)
-        )
+    return namespace(leaf.p).asarray(
+        np.array(slot), dtype=getattr(namespace(leaf.p), dtype_name(slot)), device=device_of(leaf.p)
+    )
 
 
 def _native(slot: Any, place: str) -> Any:

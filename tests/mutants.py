@@ -67,6 +67,12 @@ EQUIVALENT: list[tuple[str, str, str, str]] = [
         "self._prologue(group, group.norm, values, counter, 1, False, from_state)",
         "the program of a norm takes no norm: one total more is read, for nothing",
     ),
+    (
+        "xpoptim/fusion/cuda_blocks.py",
+        "return max(1, 16 // (len(program.lanes) * _BYTES[_real(program.buffers[0])]))",
+        "return max(1, 16 // (len(program.lanes) * _BYTES[_real(program.buffers[(-1)])]))",
+        "a block program has one buffer",
+    ),
 ]
 
 

@@ -1795,6 +1795,15 @@ def test_explain_says_leaf_by_leaf() -> None:
         assert {leaf.engine for leaf in opt.explain(params, grads) if leaf.key == "dense"} == {"reference"}
 
 
+def test_explain_refuses_what_update_would() -> None:
+    """What the first step has fixed: the keys, and each parameter's shape and dtype."""
+    opt, params = xo.SGD(), {"W": np.ones(3)}
+    opt.update(params, {"W": np.ones(3)})
+    for other in ({"W": np.ones(4)}, {"W": np.ones(3, np.float32)}, {"V": np.ones(3)}):
+        with pytest.raises(ValueError, match="fixed by the first step"):
+            opt.explain(other)
+
+
 def test_explain_agrees_with_the_fused_engine() -> None:
     """What explain calls fused, "fused" accepts; what it does not, "fused" refuses by name."""
     leaves = {

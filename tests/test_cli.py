@@ -313,7 +313,7 @@ def test_info_in_colour_says_the_same(capsys):
     plain = capsys.readouterr().out
     from rich.console import Console
 
-    coloured = Console(file=io.StringIO(), force_terminal=True, width=200)
+    coloured = Console(file=io.StringIO(), force_terminal=True, width=1000)  # so that no line is broken
     info.show_rich(sections, coloured)
     text = re.sub(r"\x1b\[[0-9;]*m", "", coloured.file.getvalue())
     for line in plain.splitlines():

@@ -1804,6 +1804,15 @@ def test_explain_refuses_what_update_would() -> None:
             opt.explain(other)
 
 
+def test_explain_names_a_cpu_without_float16(monkeypatch: pytest.MonkeyPatch) -> None:
+    from xpoptim.engines import jit
+
+    monkeypatch.setattr(jit, "half_precision", lambda: False)
+    half, single = xo.SGD().explain({"a": np.ones(3, np.float16), "b": np.ones(3, np.float32)})
+    assert (half.engine, half.reason) == ("reference", "this CPU has no instructions for float16")
+    assert single.engine == "fused"
+
+
 def test_explain_agrees_with_the_fused_engine() -> None:
     """What explain calls fused, "fused" accepts; what it does not, "fused" refuses by name."""
     leaves = {

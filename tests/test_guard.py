@@ -100,6 +100,50 @@ def test_threads_wait_for_each_other() -> None:
     assert (params["p"] == -steps * threads).all()
 
 
+COPIES = {"copy": copy.copy, "deepcopy": copy.deepcopy, "pickle": lambda opt: pickle.loads(pickle.dumps(opt))}
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("name", COPIES)
+def test_a_copy_waits_for_the_step_of_another_thread(name: str) -> None:
+    """A copy has all slots of the same step. A large one takes time, in which another thread would step."""
+    opt, params = xo.Momentum(momentum=0.5), {str(i): np.zeros(200_000) for i in range(4)}
+    grads = {key: np.ones_like(p) for key, p in params.items()}
+    opt.update(params, grads)
+    stop = threading.Event()
+
+    def work() -> None:
+        while not stop.is_set():
+            opt.update(params, grads)
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    try:
+        for _ in range(20):
+            made = COPIES[name](opt)
+            slots = made.state["slots"]["v"].values()
+            assert len({bound for v in slots for bound in (v.min(), v.max())}) == 1
+    finally:
+        stop.set()
+        worker.join(30)
+
+
+def test_a_copy_from_a_schedule_raises() -> None:
+    opt = xo.SGD(lr=0.5)
+
+    def schedule(step: int) -> float:
+        for name, make in COPIES.items():
+            with pytest.raises(RuntimeError, match="while a step of the same optimizer is under way"):
+                make(opt)
+            seen.append(name)
+        return 1.0
+
+    seen: list[str] = []
+    opt.lr = schedule
+    opt.update([np.zeros(2)], [np.ones(2)])
+    assert seen == list(COPIES)
+
+
 def test_a_copy_has_a_guard_of_its_own() -> None:
     copies = []
 
@@ -159,6 +203,36 @@ worker.join(60)
 print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), opt.state["step"])
 """
 
+FORKED_SAME_NUMBER = """
+import os, threading
+import numpy as np, xpoptim as xo
+
+inside, done = threading.Event(), threading.Event()
+def schedule(step):
+    if step == 1:
+        inside.set()
+        done.wait(60)
+    return 1.0
+
+params, grads = [np.zeros(2)], [np.ones(2)]
+opt = xo.SGD(lr=schedule)
+opt.update(params, grads)
+worker = threading.Thread(target=opt.update, args=(params, grads))
+worker.start()
+inside.wait(60)
+child = os.fork()
+if not child:
+    # A thread of the child may have the identifier of the lost one.
+    number = worker.ident
+    threading.get_ident = lambda: number
+    opt.lr = 1.0
+    opt.update(params, grads)
+    os._exit(opt.state["step"])
+done.set()
+worker.join(60)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), opt.state["step"])
+"""
+
 FORKED_WITHIN = """
 import os
 import numpy as np, xpoptim as xo
@@ -186,7 +260,11 @@ print(os.waitstatus_to_exitcode(os.waitpid(child[0], 0)[1]), opt.state["step"])
 
 @pytest.mark.smoke
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
-@pytest.mark.parametrize(("program", "printed"), [(FORKED, "0 2"), (FORKED_WITHIN, "3 3")], ids=["beside", "within"])
+@pytest.mark.parametrize(
+    ("program", "printed"),
+    [(FORKED, "0 2"), (FORKED_SAME_NUMBER, "2 2"), (FORKED_WITHIN, "3 3")],
+    ids=["beside", "same number", "within"],
+)
 def test_a_forked_child_starts_free(program: str, printed: str) -> None:
     """While another thread of the parent is in a step; and within a step, which goes on in both."""
     command = [sys.executable, "-W", "ignore", "-c", program]

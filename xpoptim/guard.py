@@ -12,6 +12,7 @@ _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
 _forks = 0  # how many lie between this process and the first
+_forkers: list[int] = []  # the thread that made each of them: the only one that the child goes on with
 
 
 class Guard:
@@ -29,7 +30,8 @@ class Guard:
         """In a forked child: the parent's other threads do not exist, and cannot open what they have locked."""
         with _renewing:
             if self.forks != _forks:
-                if self.owner != threading.get_ident():
+                # Not whether it is the thread that asks: a new thread may have the identifier of a lost one.
+                if any(forker != self.owner for forker in _forkers[self.forks :]):
                     self.owner = 0
                 self.lock = threading.RLock()
                 self.forks = _forks
@@ -71,6 +73,7 @@ def exclusive(method: Callable[Concatenate[_Self, _P], _R]) -> Callable[Concaten
 
 def _after_fork() -> None:
     global _forks, _renewing
+    _forkers.append(threading.get_ident())
     _forks += 1
     _renewing = threading.Lock()
 

@@ -357,6 +357,7 @@ class Optimizer:
         if not sys.is_finalizing():
             self._turns.release()
 
+    @exclusive
     def __getstate__(self) -> dict[str, Any]:
         """For pickles. CuPy's slots are in them as NumPy arrays: they go to the GPU of their parameters again."""
         return self._settings() | {"_state": self._copied_state(on_host)}
@@ -375,12 +376,14 @@ class Optimizer:
             object.__setattr__(self, name, value)
         self._turns.end(gpus(self._state))  # which the slots were just copied on
 
+    @exclusive
     def __copy__(self) -> Optimizer:
         """A copy with a state of its own: two optimizers must not step the same slots."""
         new = type(self).__new__(type(self))
         new.__setstate__(self._settings() | {"_state": self._copied_state()})
         return new
 
+    @exclusive
     def __deepcopy__(self, memo: dict[int, Any]) -> Optimizer:
         memo[id(self)] = new = type(self).__new__(type(self))
         new.__setstate__(copy.deepcopy(self._settings(), memo) | {"_state": self._copied_state()})

@@ -57,18 +57,18 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = "xpoptim"
 LEFT_OUT = ("xpoptim/demo/pictures.py",)
-GENERATORS = ("xpoptim/fusion/cuda", "xpoptim/fusion/llvm")  # every string in files of such a name is code
+GENERATORS = ("xpoptim/codegen/",)  # every string in files of such a name is code
 
 # Survivors that change nothing that may be relied on: file, the old lines, the new lines, and why.
 EQUIVALENT: list[tuple[str, str, str, str]] = [
     (
-        "xpoptim/engines/cuda.py",
+        "xpoptim/engines/cuda/plan.py",
         "self._prologue(group, group.norm, values, counter, 0, False, from_state)",
         "self._prologue(group, group.norm, values, counter, 1, False, from_state)",
         "the program of a norm takes no norm: one total more is read, for nothing",
     ),
     (
-        "xpoptim/fusion/cuda_blocks.py",
+        "xpoptim/codegen/cuda/blocks.py",
         "return max(1, 16 // (len(program.lanes) * _BYTES[_real(program.buffers[0])]))",
         "return max(1, 16 // (len(program.lanes) * _BYTES[_real(program.buffers[(-1)])]))",
         "a block program has one buffer",

@@ -292,7 +292,7 @@ def test_info_says_that_nvrtc_is_missing(command):
 
 
 def test_info_shows_the_compiler(command):
-    from xpoptim.engines import nvrtc
+    from xpoptim.engines.cuda import nvrtc
 
     try:
         major, minor = nvrtc.version()

@@ -1805,7 +1805,7 @@ def test_explain_refuses_what_update_would() -> None:
 
 
 def test_explain_names_a_cpu_without_float16(monkeypatch: pytest.MonkeyPatch) -> None:
-    from xpoptim.engines import jit
+    from xpoptim.engines.cpu import jit
 
     monkeypatch.setattr(jit, "half_precision", lambda: False)
     half, single = xo.SGD().explain({"a": np.ones(3, np.float16), "b": np.ones(3, np.float32)})

@@ -16,10 +16,11 @@ from cuda_host.host_kernel import HostModule, Memory, host_memory, missing, run_
 from cuda_host.steps import GPU, alike, capture_and_replay, follow, trees
 from helpers import assert_same_bits, assert_same_tree, make_optimizer
 
-from xpoptim.engines import cuda, driver, nvrtc
-from xpoptim.fusion import cuda as text
-from xpoptim.fusion.norm import CHUNK
-from xpoptim.leaves import pairs
+from xpoptim.arrays.leaves import pairs
+from xpoptim.codegen.cuda import elementwise as text
+from xpoptim.engines.cuda import driver, nvrtc
+from xpoptim.engines.cuda import plan as cuda
+from xpoptim.trace.sums import CHUNK
 
 if reason := missing():
     pytest.skip(reason, allow_module_level=True)

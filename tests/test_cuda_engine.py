@@ -48,11 +48,13 @@ from helpers import (
 )
 
 import xpoptim as xo
-from xpoptim.engines import cuda, driver, reference
-from xpoptim.fusion import cuda as text
-from xpoptim.fusion.norm import CHUNK
-from xpoptim.leaves import pairs
-from xpoptim.step import Step, check
+from xpoptim.arrays.leaves import pairs
+from xpoptim.codegen.cuda import elementwise as text
+from xpoptim.engines import reference
+from xpoptim.engines.cuda import driver
+from xpoptim.engines.cuda import plan as cuda
+from xpoptim.step.step import Step, check
+from xpoptim.trace.sums import CHUNK
 
 # What CuPy arrays can have: their bytes are in the machine's order, their elements on multiples of their size.
 CUPY_LAYOUTS = [name for name in LAYOUTS if name not in ("misaligned", "swapped")]

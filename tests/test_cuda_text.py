@@ -12,11 +12,12 @@ from cuda_host.rules import Assign, Everything, Names
 from helpers import COMPLEX_DTYPES, DTYPES, REAL_DTYPES, RULES, make_optimizer
 
 import xpoptim as xo
-from xpoptim import _dropout
-from xpoptim.engines import cuda, nvrtc
-from xpoptim.fusion import cuda as text
-from xpoptim.fusion import cuda_blocks
-from xpoptim.fusion.program import Program
+from xpoptim._dropout import layer as _dropout
+from xpoptim.codegen.cuda import blocks as cuda_blocks
+from xpoptim.codegen.cuda import elementwise as text
+from xpoptim.engines.cuda import nvrtc
+from xpoptim.engines.cuda import plan as cuda
+from xpoptim.trace.program import Program
 
 try:
     nvrtc.version()

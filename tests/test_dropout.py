@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from test_random import oracle_words
 
 from xpoptim import random
-from xpoptim._dropout import Dropout, dropout
+from xpoptim._dropout.layer import Dropout, dropout
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 REAL_DTYPES = [np.dtype("f2"), BFLOAT16, np.dtype("f4"), np.dtype("f8")]
@@ -208,7 +208,7 @@ class TestDefinition:
         x = values((7, 3, 5), np.dtype("f4"))
         expected = oracle_dropout(x, 0.3, 1, 1, True)
         for piece in (1, 4, 5, 16, 1000):
-            monkeypatch.setattr("xpoptim.masking.PIECE", piece)
+            monkeypatch.setattr("xpoptim._dropout.arrays.PIECE", piece)
             assert_same_bits(Dropout(0.3, seed=1, inverted=True).forward(x), expected)
             assert_same_bits(Dropout(0.3, seed=1, inverted=True).forward(x.T).T, oracle_dropout(x.T, 0.3, 1, 1, True).T)
 

@@ -25,12 +25,15 @@ from test_dropout import strided
 from test_random import KNOWN_ANSWERS, correlation_in_sigmas, five_sigma, oracle_words
 
 import xpoptim as xo
-from xpoptim import _dropout, random
-from xpoptim.engines import blocks, crew, driver, nvrtc
-from xpoptim.fusion import cuda_blocks
-from xpoptim.fusion.cuda import THREADS
-from xpoptim.fusion.program import BlockProgram, Buffer
-from xpoptim.fusion.trace import trace_blocks
+from xpoptim import random
+from xpoptim._dropout import layer as _dropout
+from xpoptim.codegen.cuda import blocks as cuda_blocks
+from xpoptim.codegen.cuda.elementwise import THREADS
+from xpoptim.engines import blocks
+from xpoptim.engines.cpu import thread_pool
+from xpoptim.engines.cuda import driver, nvrtc
+from xpoptim.trace.program import BlockProgram, Buffer
+from xpoptim.trace.tracer import trace_blocks
 
 WHY_NO_HOST = missing()
 on_host = pytest.mark.skipif(WHY_NO_HOST is not None, reason=str(WHY_NO_HOST))
@@ -247,15 +250,17 @@ class TestSameBits:
     @pytest.mark.parametrize("count", [1, 2, 3])
     def test_threads(self, dtype, count):
         x = values((LARGE,), dtype)
-        with threads(count), mock.patch.object(crew, "run", wraps=crew.run) as shared:
+        with threads(count), mock.patch.object(thread_pool, "run", wraps=thread_pool.run) as shared:
             assert_engines_agree(lambda: xo.dropout(x, 0.3, seed=SEED, stream=1, inverted=True))
-            assert [crew.hired(crew.Work(call.args[2]))[0] > 0 for call in shared.call_args_list] == [count > 1]
+            assert [thread_pool.hired(thread_pool.Work(call.args[2]))[0] > 0 for call in shared.call_args_list] == [
+                count > 1
+            ]
 
     @pytest.mark.parametrize("grain", [1, 2, 3, 1000])
     def test_tasks_of_any_size(self, dtype, grain, monkeypatch):
         """Each block is done by one task and once, also where that is in place."""
-        monkeypatch.setattr(crew, "_WORTH_WAKING", 1)
-        monkeypatch.setattr(crew, "_WORTH_SHARING", 1)
+        monkeypatch.setattr(thread_pool, "_WORTH_WAKING", 1)
+        monkeypatch.setattr(thread_pool, "_WORTH_SHARING", 1)
         monkeypatch.setattr(blocks, "_GRAIN", grain)
         with threads(2):
             for size in SIZES:
@@ -470,7 +475,7 @@ class TestEngines:
             xo.Dropout(0.5).forward(x)
 
     def test_a_cpu_without_half_precision(self, monkeypatch):
-        from xpoptim.engines import jit
+        from xpoptim.engines.cpu import jit
 
         x = values((101,), DTYPES["float16"])
         fused, reference = on_engines(lambda: xo.dropout(x, 0.5, seed=1, stream=1))

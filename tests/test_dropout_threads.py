@@ -19,9 +19,9 @@ import pytest
 
 import xpoptim as xo
 from xpoptim import random
-from xpoptim._dropout import _Forward
-from xpoptim.atomic import Atomic
+from xpoptim._dropout.layer import _Forward
 from xpoptim.engines import blocks
+from xpoptim.sync.atomic import Atomic
 
 LARGE = 400_000  # so that kernels take a while, and run without the interpreter's lock
 WAIT = 60  # seconds until a test fails that would hang
@@ -434,7 +434,7 @@ class TestMemory:
 
 # --- In the middle of a call ------------------------------------------------------------------------------
 
-FILES = ("_dropout.py", "masking.py", "random.py", "atomic.py", "hints.py", "blocks.py")
+FILES = ("_dropout/layer.py", "_dropout/arrays.py", "random.py", "atomic.py", "hints.py", "blocks.py")
 
 
 class Interrupted(BaseException):

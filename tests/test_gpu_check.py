@@ -66,7 +66,7 @@ def test_without_numpy_or_cupy_it_ends(module: str, tmp_path: Path) -> None:
 
 def test_what_is_missing_is_said(emulated: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """And how the check goes on; none of these ends it."""
-    from xpoptim.engines import nvrtc
+    from xpoptim.engines.cuda import nvrtc
 
     def no_library() -> Any:
         raise nvrtc.NVRTCNotFound("NVRTC was not found")

@@ -12,7 +12,7 @@ import pytest
 from helpers import RULES, make_optimizer, refused, step_count
 
 import xpoptim as xo
-from xpoptim.hints import near
+from xpoptim.errors.hints import near
 
 ARRAYS = {"W": np.ones(2), "b": np.ones(3)}
 

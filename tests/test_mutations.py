@@ -25,7 +25,7 @@ from helpers import (
 )
 
 import xpoptim as xo
-from xpoptim import options
+from xpoptim.recipe import options
 
 Replacement = Callable[[ast.AST], ast.AST]
 EXCHANGED: dict[type[ast.operator], tuple[type[ast.operator], ...]] = {

@@ -23,7 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import xpoptim as xo
-from xpoptim.fusion.norm import CHUNK, LANES
+from xpoptim.trace.sums import CHUNK, LANES
 
 ENGINES = ("reference", "fused")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from xpoptim.engines import nvrtc
+from xpoptim.engines.cuda import nvrtc
 
 try:
     nvrtc.version()

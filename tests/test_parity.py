@@ -32,7 +32,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import xpoptim as xo
-from xpoptim.fusion.llvm import _LARGE
+from xpoptim.codegen.llvm.elementwise import _LARGE
 
 SHAPES: tuple[tuple[int, ...], ...] = (
     (),

@@ -9,10 +9,10 @@ import llvmlite.binding as llvm
 import pytest
 
 import xpoptim as xo
-from xpoptim import _dropout
-from xpoptim.engines import crew, scan
-from xpoptim.fusion import llvm_blocks
-from xpoptim.fusion.llvm import with_subnormals
+from xpoptim._dropout import layer as _dropout
+from xpoptim.codegen.llvm import blocks as llvm_blocks
+from xpoptim.codegen.llvm.elementwise import with_subnormals
+from xpoptim.engines.cpu import scan, thread_pool
 
 # Platforms as `sys.platform` names them, and their targets.
 TARGETS = {
@@ -44,7 +44,7 @@ def machine_code(text: str, triple: str) -> str:
 @pytest.mark.smoke
 @pytest.mark.parametrize(("platform", "triple"), [(name, triple) for name in TARGETS for triple in TARGETS[name]])
 def test_the_helpers_code(platform: str, triple: str) -> None:
-    text = crew._assembly(platform)
+    text = thread_pool._assembly(platform)
     assert ("@sched_setaffinity(" in text) is (platform == "linux")  # no other system has it
     machine_code(text, triple)
 
@@ -72,7 +72,7 @@ def test_kernels(triple: str, dtype: str) -> None:
 
 
 def test_the_clock_is_the_monotonic_one() -> None:
-    assert f"@clock_gettime(i32 {time.CLOCK_MONOTONIC}, " in crew._assembly(sys.platform)
+    assert f"@clock_gettime(i32 {time.CLOCK_MONOTONIC}, " in thread_pool._assembly(sys.platform)
 
 
 @pytest.mark.smoke
@@ -88,8 +88,8 @@ opt, params, grads = xo.SGD(lr=1.0), [np.zeros(400_000, np.float32)], [np.ones(4
 with xo.engine("fused"):
     for _ in range(3):
         opt.update(params, grads)
-from xpoptim.engines import crew
-print((params[0] == -3).all(), len(crew._helpers))
+from xpoptim.engines.cpu import thread_pool
+print((params[0] == -3).all(), len(thread_pool._helpers))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout) == (0, "True 1\n"), done.stderr

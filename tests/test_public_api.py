@@ -64,6 +64,7 @@ def test_exactly_these_names() -> None:
     # Submodules become attributes when they are imported; nothing else may.
     assert {name for name in public - NAMES if not inspect.ismodule(getattr(xo, name))} == set()
     assert isinstance(xo.__version__, str)
+    assert {name for name in dir(xo) if not name.startswith("_")} == NAMES
 
 
 @pytest.mark.parametrize("name", SIGNATURES)
@@ -141,47 +142,3 @@ def test_the_import_is_light() -> None:
 
 def test_the_package_says_that_it_is_typed() -> None:
     assert resources.files("xpoptim").joinpath("py.typed").is_file()
-
-
-# Imports point one way: optimizers -> optimizer -> engines -> fusion.
-
-ROOT = Path(str(resources.files("xpoptim")))
-
-
-def imported(path: Path) -> set[str]:
-    """The package's own modules that a file imports, also inside functions, as dotted names."""
-    here = ("xpoptim", *path.relative_to(ROOT).with_suffix("").parts)
-    package = here[:-1]
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            base = package[: len(package) - node.level + 1] if node.level else ()
-            module = ".".join([*base, *([node.module] if node.module else [])])
-            found |= {module, *(f"{module}.{alias.name}" for alias in node.names)}
-    return {name for name in found if name.split(".")[0] == "xpoptim"}
-
-
-@pytest.mark.parametrize(
-    ("folder", "forbidden"),
-    [
-        ("fusion", ("engines", "optimizer", "optimizers", "recipe", "options", "state", "step", "leaves")),
-        ("engines", ("optimizer", "optimizers", "options", "state")),
-    ],
-)
-def test_imports_point_one_way(folder: str, forbidden: tuple[str, ...]) -> None:
-    files = sorted((ROOT / folder).glob("*.py"))
-    assert files
-    for path in files:
-        wrong = {name for name in imported(path) if len(name.split(".")) > 1 and name.split(".")[1] in forbidden}
-        assert wrong == set(), path.name
-
-
-def test_namespaces_know_no_other_part() -> None:
-    assert imported(ROOT / "namespaces.py") == {"xpoptim", "xpoptim.cupy_namespace"}
-    assert imported(ROOT / "cupy_namespace.py") == set()
-
-
-def test_the_optimizer_does_not_know_the_optimizers() -> None:
-    assert not {name for name in imported(ROOT / "optimizer.py") if name.startswith("xpoptim.optimizers")}

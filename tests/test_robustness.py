@@ -207,8 +207,8 @@ def test_layers_without_parameters() -> None:
 def test_control_c_finds_the_step_counted_if_it_was_made(
     made: bool, nested: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from xpoptim.engines.cpu import Plan
-    from xpoptim.engines.scan import Direct, Scanner
+    from xpoptim.engines.cpu.plan import Plan
+    from xpoptim.engines.cpu.scan import Direct, Scanner
 
     def container(value: float) -> Any:
         return {"layer": {"p": np.full(2, value)}} if nested else {"p": np.full(2, value)}

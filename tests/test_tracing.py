@@ -10,10 +10,10 @@ import pytest
 from helpers import DTYPES, OPTION_COMBINATIONS, RULES, assert_same_bits, option_id
 
 import xpoptim as xo
-from xpoptim.engines import cpu
+from xpoptim.engines.cpu import plan as cpu
 from xpoptim.engines.reference import Eager
-from xpoptim.fusion.language import Functions, Value
-from xpoptim.recipe import Traced
+from xpoptim.recipe.recipe import Traced
+from xpoptim.trace.language import Functions, Value
 
 ENGINES = ("reference", "fused")
 

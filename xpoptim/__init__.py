@@ -2,8 +2,8 @@
 
 from . import random
 from ._dropout import Dropout, dropout
-from .engines.selection import engine
-from .engines.threads import get_num_threads, set_num_threads
+from .engines.choose import engine
+from .engines.cpu.threads import get_num_threads, set_num_threads
 from .errors import TraceError
 from .optimizer import Optimizer
 from .optimizers import SGD, AdaGrad, Adam, AdamW, Momentum, Nesterov, RMSprop
@@ -27,3 +27,8 @@ __all__ = [
     "random",
     "set_num_threads",
 ]
+
+
+def __dir__() -> list[str]:
+    """Without the rooms of the package, which become its attributes when they are imported."""
+    return [*__all__, *(name for name in globals() if name.startswith("__"))]

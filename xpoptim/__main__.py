@@ -81,7 +81,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def run_demo(options: argparse.Namespace) -> int:
-    from xpoptim.demo import DemoError, run
+    from .demo import DemoError, run
 
     try:
         run(options.backend, options.seed, options.out, options.steps)
@@ -92,7 +92,7 @@ def run_demo(options: argparse.Namespace) -> int:
 
 
 def run_info(options: argparse.Namespace) -> int:
-    from xpoptim.demo import info
+    from .demo import info
 
     info.show()
     return 0

@@ -9,18 +9,17 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Self
 
-from . import habits, hyperparameters, options
-from .engines import driver
-from .engines.ready import Ready
-from .engines.selection import selected
-from .engines.turns import Turns
-from .errors import TraceError
-from .fusion.dtypes import COMPLEX_DTYPES, REAL_DTYPES
-from .guard import Guard, exclusive
-from .leaves import ABSENT, Leaf, as_given, pairs, rebuilt, replaced, resolve_parameter
-from .recipe import Recipe, Traced
-from .report import Report, Served
-from .state import (
+from .arrays.dtypes import COMPLEX_DTYPES, REAL_DTYPES
+from .arrays.leaves import ABSENT, Leaf, as_given, pairs, rebuilt, replaced, resolve_parameter
+from .engines.choose import selected
+from .engines.cuda import driver
+from .engines.cuda.turns import Turns
+from .errors import TraceError, habits
+from .recipe import hyperparameters, options
+from .recipe.recipe import Recipe, Traced
+from .step.ready import Ready
+from .step.report import Report, Served
+from .step.state import (
     Signature,
     State,
     check_class,
@@ -38,7 +37,8 @@ from .state import (
     recorded_signature,
     slots_for,
 )
-from .step import Step, check, check_memory, copy_overlapping_gradients, engine_for, finite_norm
+from .step.step import Step, check, check_memory, copy_overlapping_gradients, engine_for, finite_norm
+from .sync.guard import Guard, exclusive
 
 
 class Optimizer:
@@ -748,7 +748,8 @@ class Optimizer:
           %6 = %0 - %5
           p <- %6
         """
-        from .fusion import cuda, llvm
+        from .codegen.cuda import elementwise as cuda
+        from .codegen.llvm import elementwise as llvm
 
         writers: dict[str, Callable[[Any], str]] = {"graph": str, "llvm": llvm.assembly, "cuda": cuda.source}
         if kind not in writers:

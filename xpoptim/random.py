@@ -22,9 +22,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .atomic import Atomic
-from .memory import on_device
-from .namespaces import space_of, standard
+from .arrays.memory import on_device
+from .arrays.namespaces import space_of, standard
+from .sync.atomic import Atomic
 
 __all__ = ["seed", "words"]
 

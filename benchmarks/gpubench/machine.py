@@ -92,7 +92,7 @@ def gpu_finding() -> Finding:
 
 
 def nvrtc_finding() -> Finding:
-    from xpoptim.engines import nvrtc
+    from xpoptim.engines.cuda import nvrtc
 
     without = (
         "xpoptim's kernels cannot be compiled: the tests are skipped, its rows hold the error, the others are timed"
@@ -150,7 +150,7 @@ def describe() -> dict[str, Any]:
     import cupy
 
     import xpoptim as xo
-    from xpoptim.engines import nvrtc
+    from xpoptim.engines.cuda import nvrtc
 
     about = cupy.cuda.runtime.getDeviceProperties(0)
     try:

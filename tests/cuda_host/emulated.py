@@ -19,7 +19,8 @@ from unittest import mock
 
 import numpy as np
 
-from xpoptim.engines import cuda, driver, nvrtc
+from xpoptim.engines.cuda import driver, nvrtc
+from xpoptim.engines.cuda import plan as cuda
 
 from . import host_kernel
 from .host_kernel import HostKernel, HostModule, Memory

@@ -13,7 +13,7 @@ import numpy as np
 from helpers import assert_same_tree, frozen_values, random_values
 
 import xpoptim as xo
-from xpoptim.engines import driver
+from xpoptim.engines.cuda import driver
 
 Tree = dict[str, np.ndarray]
 

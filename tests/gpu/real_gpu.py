@@ -20,7 +20,8 @@ from cuda_host.emulated import emulated_gpu
 from cuda_host.host_kernel import missing
 from cuda_host.steps import GPU
 
-from xpoptim.engines import cuda, driver, nvrtc
+from xpoptim.engines.cuda import driver, nvrtc
+from xpoptim.engines.cuda import plan as cuda
 
 EMULATED = os.environ.get("XPOPTIM_TEST_GPU") == "emulated"
 # What an emulation cannot show: CuPy's pool and its kernels, the driver's loader, a GPU's memory.

@@ -13,7 +13,7 @@ from helpers import DTYPES, RULES, assert_same_bits, from_words, make_optimizer,
 from real_gpu import SPIN, RealGPU, needs_a_real_one, real_gpu, size, skip_without_gpu
 
 import xpoptim as xo
-from xpoptim.engines import driver, nvrtc
+from xpoptim.engines.cuda import driver, nvrtc
 
 skip_without_gpu()
 

@@ -2,6 +2,14 @@
 
 The optimizers and Dropout come from the library; everything else here (network, backpropagation, data,
 pictures) is what a user of the library would write.
+
+- ``network``: a network with its backpropagation
+- ``surface``: a surface to descend
+- ``training``: trains the network with every optimizer
+- ``plain``: the same optimizers in plain NumPy, to compare with
+- ``show``: tables and progress
+- ``pictures``: what is drawn
+- ``info``: versions, engines and devices, for ``python -m xpoptim info``
 """
 
 from __future__ import annotations
@@ -10,7 +18,8 @@ from importlib import import_module
 from pathlib import Path
 
 import xpoptim as xo
-from xpoptim.engines.selection import selected
+
+from ..engines.choose import selected
 
 EXTRA = {"rich": "rich", "matplotlib": "matplotlib", "sklearn": "scikit-learn"}  # module: distribution
 

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import xpoptim as xo
-from xpoptim.demo import one_line
+
+from . import one_line
 
 CUPY = "pip install '.[cuda13]' or '.[cuda12]' in xpoptim's source folder, for the CUDA version of your driver"
 
@@ -154,7 +155,7 @@ def fused_cuda(cuda: Row) -> Row:
 
 def compiler() -> list[Row]:
     """What makes kernels for GPUs, which needs none itself."""
-    from xpoptim.engines import nvrtc
+    from ..engines.cuda import nvrtc
 
     return [Row(name, not text.startswith("missing: "), text) for name, text in nvrtc.describe().items()]
 
@@ -202,7 +203,7 @@ def threads() -> str:
 
 
 def chosen_engine() -> str:
-    from xpoptim.engines.selection import selected
+    from ..engines.choose import selected
 
     source = "from XPOPTIM_ENGINE" if os.environ.get("XPOPTIM_ENGINE") else "the default"
     return f'"{selected()}", {source}'

@@ -14,9 +14,9 @@ from matplotlib.figure import Figure  # drawn by Agg, without pyplot: no display
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, NullFormatter, PercentFormatter
 
-from xpoptim.demo import training
-from xpoptim.demo.surface import START, UPDATES, height
-from xpoptim.demo.training import Curve, Result
+from . import training
+from .surface import START, UPDATES, height
+from .training import Curve, Result
 
 # Okabe and Ito's palette: told apart with any kind of colour vision. One colour per optimizer everywhere.
 COLOURS = {

@@ -17,9 +17,10 @@ from rich.table import Table
 from rich.text import Text
 
 import xpoptim as xo
-from xpoptim.demo import DemoError, pictures, surface, training
-from xpoptim.demo.training import Backend, Curve, OnStep, Result
-from xpoptim.engines.selection import selected
+
+from ..engines.choose import selected
+from . import DemoError, pictures, surface, training
+from .training import Backend, Curve, OnStep, Result
 
 PLAIN_WIDTH = 110  # columns, where the output is a file or a pipe that has no width of its own
 

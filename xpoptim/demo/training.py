@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 
 import xpoptim as xo
-from xpoptim.demo import DemoError, one_line, plain
-from xpoptim.demo.network import Array, Network
+
+from . import DemoError, one_line, plain
+from .network import Array, Network
 
 BATCH = 100
 TRAIN_IMAGES = 1437  # four fifths of the 1,797

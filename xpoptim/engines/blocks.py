@@ -7,12 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from ..fusion import cuda_blocks, llvm_blocks
-from ..fusion.cuda import THREADS
-from ..fusion.program import BlockProgram
-from ..fusion.scalars import evaluate
-from . import crew
-from .threads import compiling
+from ..codegen.cuda import blocks as cuda_blocks
+from ..codegen.cuda.elementwise import THREADS
+from ..codegen.llvm import blocks as llvm_blocks
+from ..trace.program import BlockProgram
+from ..trace.scalars import evaluate
+from .cpu import thread_pool
+from .cpu.threads import compiling
 
 _GRAIN = 1 << 13  # blocks of a task
 
@@ -23,7 +24,7 @@ def obstacle(x: Any, dtype: str) -> str:
         if not x.dtype.isnative:
             return "its bytes are not in the machine's order"
         if dtype == "float16":
-            from .jit import half_precision
+            from .cpu.jit import half_precision
 
             return "" if half_precision() else "this CPU has no instructions for float16"
     return ""
@@ -34,7 +35,7 @@ def copy(to: Any, source: Any) -> None:
     if isinstance(source, np.ndarray):
         to[...] = source
     else:
-        from . import driver
+        from .cuda import driver
 
         driver.copy(to, source)
 
@@ -64,7 +65,7 @@ class Kernel:
         if in_place not in self._on_cpu:
             with compiling:  # so that two threads do not compile the same, nor a fork comes between
                 if in_place not in self._on_cpu:
-                    from .jit import Module
+                    from .cpu.jit import Module
 
                     module = Module(
                         llvm_blocks.assembly(self.program, in_place=in_place), subnormals=("prologue", "run")
@@ -73,21 +74,21 @@ class Kernel:
         return self._on_cpu[in_place][0]
 
     def _run_on_cpu(self, x: np.ndarray, y: np.ndarray, numbers: int, scalars: np.ndarray, words: np.ndarray) -> None:
-        cursors = crew.cursors()
+        cursors = thread_pool.cursors()
         source, target, *rest = (a.ctypes.data for a in (x, y, scalars, words))
         job = np.array([cursors.ctypes.data, 0, source, target, numbers, *rest, _GRAIN], np.int64)
-        crew.run(self._compiled(source == target), job.ctypes.data, numbers)
+        thread_pool.run(self._compiled(source == target), job.ctypes.data, numbers)
 
     @cached_property
     def _cuda(self) -> str:
         return cuda_blocks.source(self.program)
 
     def _run_on_gpu(self, x: Any, y: Any, numbers: int, scalars: np.ndarray, words: np.ndarray) -> None:
-        from . import cuda, driver
+        from .cuda import driver, plan
 
         per_thread = len(self.program.lanes) * cuda_blocks.blocks_of_a_thread(self.program)
         grid = -(-numbers // (per_thread * THREADS))
-        function = cuda.kernel(self._cuda, "blocks", x.device.id)
+        function = plan.kernel(self._cuda, "blocks", x.device.id)
         # One structured element each, which a kernel gets by value.
         by_value = (
             scalars.view(cuda_blocks.scalars_dtype(self.program)),

@@ -10,15 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from ..fusion.dtypes import COMPLEX_DTYPES, PART, compute_dtype
-from ..fusion.language import Functions, Value
-from ..fusion.norm import chunk_sums, fold
-from ..fusion.ops import BOOL, TABLE, Op, Type
-from ..fusion.program import Node, Program
-from ..fusion.scalars import evaluate
-from ..leaves import Leaf
-from ..namespaces import device_of, dtype_name, namespace
-from ..recipe import Recipe, Traced
+from ..arrays.dtypes import COMPLEX_DTYPES, PART, compute_dtype
+from ..arrays.leaves import Leaf
+from ..arrays.namespaces import device_of, dtype_name, namespace
+from ..recipe.recipe import Recipe, Traced
+from ..trace.language import Functions, Value
+from ..trace.ops import BOOL, TABLE, Op, Type
+from ..trace.program import Node, Program
+from ..trace.scalars import evaluate
+from ..trace.sums import chunk_sums, fold
 
 
 class Eager:
@@ -171,7 +171,7 @@ def _put(xp: Any, old: Any, new: Any, mutable: bool) -> Any:
 
 
 def squares_sum(traced: Traced, leaf: Leaf, values: list[float]) -> float:
-    """The float64 sum of the squares of the leaf's loaded gradient, by the tree of `fusion.norm`."""
+    """The float64 sum of the squares of the leaf's loaded gradient, by the tree of `trace.sums`."""
     xp = namespace(leaf.g)
     program = traced.programs(leaf.dtype, leaf.g_dtype)["norm"]
     reduced = program.reduces

@@ -1,4 +1,9 @@
-"""WHAT: the maths. Each optimizer is its defaults, its slots and its rule, on one screen."""
+"""WHAT: the maths. Each optimizer is its defaults, its slots and its rule, on one screen.
+
+- ``descent``: SGD, Momentum, Nesterov
+- ``adaptive``: AdaGrad, RMSprop
+- ``adam``: Adam, AdamW
+"""
 
 from .adam import Adam, AdamW
 from .adaptive import AdaGrad, RMSprop

@@ -1,0 +1,544 @@
+"""The CPU engine's helpers, and the step that is one call: who is hired, who sleeps, what is held, what is noticed."""
+
+import copy
+import ctypes
+import gc
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+from helpers import assert_same_tree, threads
+
+import xpoptim as xo
+from xpoptim.engines.cpu import scan, thread_pool
+
+LARGE = thread_pool._WORTH_WAKING * 3  # elements for two helpers, woken
+SMALL = thread_pool._WORTH_SHARING * 2  # elements for one helper, awake
+
+
+@pytest.fixture(autouse=True)
+def long_after_the_last_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(thread_pool, "_ended", float("-inf"))
+
+
+def words(place: int = 0) -> Any:
+    """A helper's memory."""
+    return (ctypes.c_int64 * 7).from_address(thread_pool._FIRST + place * thread_pool._SIZE)
+
+
+def states() -> list[int]:
+    return [words(place)[thread_pool._STATE] for place in thread_pool._helpers]
+
+
+def wait_for(condition: Callable[[], bool]) -> bool:
+    end = time.monotonic() + 30
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.001)
+    return condition()
+
+
+def arrays(size: int, value: float = 1.0) -> dict[str, np.ndarray]:
+    return {"p": np.full(size, value, np.float32)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Who is hired
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize(("count", "expected"), [(1, 0), (2, 1), (3, 2), (9, 2)])
+def test_a_large_job_hires_helpers_but_for_one_thread(count: int, expected: int) -> None:
+    with threads(count):
+        assert thread_pool.hired(thread_pool.Work(LARGE)) == (expected, 0)
+    assert len(thread_pool._helpers) >= expected
+
+
+def test_a_small_job_hires_a_helper_only_soon_after_another_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    work = thread_pool.Work(SMALL)
+    monkeypatch.setattr(thread_pool, "available", lambda: 2)
+    with threads(2):
+        assert thread_pool.hired(work) == (0, 0)
+        monkeypatch.setattr(thread_pool, "_ended", time.perf_counter() + 1)  # "soon", however slow this machine is
+        assert thread_pool.hired(work) == (1, work.patience)
+        assert work.patience > 0
+    with threads(3):
+        assert thread_pool.hired(work) == (1, 0)  # more threads than CPUs do not wait awake
+
+
+def test_patience_is_bounded() -> None:
+    assert thread_pool.Work(10**12).patience <= thread_pool._LONGEST * 1e9
+    assert thread_pool.Work(SMALL).patience < thread_pool.Work(LARGE).patience
+    assert thread_pool.Work(10**12).most == thread_pool.Work(10**12).most_to_wake == thread_pool.MOST - 1
+    assert thread_pool.Work(thread_pool._WORTH_SHARING).most < 1
+
+
+JOB = """
+define void @job(ptr %job, i64 %worker) {
+  %p = getelementptr i64, ptr %job, i64 2
+  %old = atomicrmw add ptr %p, i64 1 seq_cst
+  br label %wait
+wait:
+  %now = load atomic i64, ptr %p seq_cst, align 8
+  %workers = getelementptr i64, ptr %job, i64 1
+  %n = load i64, ptr %workers
+  %all = icmp sge i64 %now, %n
+  br i1 %all, label %exit, label %wait
+exit:
+  ret void
+}
+"""
+
+
+@pytest.mark.smoke
+def test_a_helper_serves_one_caller_at_a_time() -> None:
+    """Two callers of two workers each, with one helper: whoever has it gets two, the other works alone."""
+    from xpoptim.engines.cpu.jit import Module
+
+    module = Module(JOB, vectorize=False)  # it ends when all of its workers have begun
+    address, counted = module.address("job"), []
+    with threads(2):
+        thread_pool.hired(thread_pool.Work(LARGE))
+        assert thread_pool._helpers
+        barrier = threading.Barrier(2)
+
+        def call() -> None:
+            made = ctypes.c_int64()
+            barrier.wait()
+            for _ in range(200):
+                cursors = thread_pool.cursors()
+                job = np.array([cursors.ctypes.data, 0, 0], np.int64)
+                call = np.array([0, 0, 0, address, job.ctypes.data], np.int64)
+                thread_pool._functions()[1](1, 0, 1, call.ctypes.data, ctypes.addressof(made))
+                counted.append((job[1], job[2]))
+
+        callers = [threading.Thread(target=call) for _ in range(2)]
+        for caller in callers:
+            caller.start()
+        for caller in callers:
+            caller.join(timeout=60)
+    assert len(counted) == 400
+    assert all(workers == begun and workers in (1, 2) for workers, begun in counted)
+    assert {workers for workers, _ in counted} >= {2}
+
+
+def test_a_helper_that_has_not_settled_gets_no_job() -> None:
+    """The second of two that begin at once may settle first: the place before its own has no lock yet."""
+    code = f"""
+import ctypes
+import numpy as np
+import xpoptim as xo
+from xpoptim.engines.cpu import thread_pool
+from xpoptim.engines.cpu.jit import Module
+thread_pool._places.pop()  # as by a thread that has come no further
+xo.set_num_threads(2)
+assert thread_pool.hired(thread_pool.Work({LARGE}))[0] == 1
+assert thread_pool._helpers == [1] and thread_pool._look_at.value == 2
+module = Module("define void @nothing(ptr %job, i64 %worker) {{ ret void }}", vectorize=False)
+cursors = thread_pool.cursors()
+job = np.array([cursors.ctypes.data, 0], np.int64)
+call = np.array([0, 0, 0, module.address("nothing"), job.ctypes.data], np.int64)
+thread_pool._functions()[1](thread_pool.MOST - 1, 0, 1, call.ctypes.data, ctypes.addressof(ctypes.c_int64()))
+print(job[1])  # the caller and the one helper
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (0, "2\n"), done.stderr
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        ("RuntimeError", "can't start new thread"),
+        ("RuntimeError", "can't create new thread at interpreter shutdown"),  # Python 3.12
+        ("PythonFinalizationError", "can't create new thread at interpreter shutdown"),  # from Python 3.13 on
+    ],
+)
+def test_where_no_thread_can_be_started_the_caller_works_alone(error: str, text: str) -> None:
+    code = f"""
+import _thread, builtins
+import numpy as np, xpoptim as xo
+from xpoptim.engines.cpu import thread_pool
+xo.set_num_threads(4)
+start = _thread.start_new_thread
+def refuse(*arguments):
+    raise getattr(builtins, {error!r}, type({error!r}, (RuntimeError,), {{}}))({text!r})
+_thread.start_new_thread = refuse
+opt, params, grads = xo.SGD(lr=1.0), [np.zeros({LARGE}, np.float32)], [np.ones({LARGE}, np.float32)]
+for _ in range(3):
+    opt.update(params, grads)
+assert (params[0] == -3).all() and not thread_pool._helpers
+_thread.start_new_thread = start
+opt.update(params, grads)
+assert (params[0] == -4).all() and thread_pool._helpers
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("raised", ["Timeout", "RuntimeError"])
+def test_what_a_signal_handler_raises_while_a_thread_starts_is_raised(raised: str) -> None:
+    code = f"""
+import _thread
+import numpy as np, xpoptim as xo
+from xpoptim.engines.cpu import thread_pool
+class Timeout(RuntimeError):
+    pass
+xo.set_num_threads(2)
+start = _thread.start_new_thread
+def interrupted(*arguments):
+    start(*arguments)
+    raise {raised}("a handler's")
+_thread.start_new_thread = interrupted
+opt, params, grads = xo.SGD(lr=1.0), [np.zeros({LARGE}, np.float32)], [np.ones({LARGE}, np.float32)]
+try:
+    opt.update(params, grads)
+except {raised}:
+    assert opt.state["step"] == 0 and (params[0] == 0).all()
+else:
+    raise SystemExit("swallowed")
+_thread.start_new_thread = start
+for _ in range(50):
+    opt.update(params, grads)
+assert (params[0] == -50).all() and len(thread_pool._helpers) == len(set(thread_pool._helpers)) <= 2
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sleeping and waking
+
+
+def test_an_idle_helper_falls_asleep_and_wakes_for_the_next_job() -> None:
+    opt, params = xo.SGD(lr=0.5), arrays(LARGE, 4.0)
+    with threads(2):
+        for step in range(4):
+            opt.update(params, arrays(LARGE))
+            assert wait_for(lambda: set(states()) == {thread_pool._ASLEEP}), step
+    assert (params["p"] == 2).all()
+
+
+@pytest.mark.smoke
+def test_hot_loops_and_pauses_in_any_order_do_every_element_once() -> None:
+    rng = np.random.default_rng(0)
+    opt, params, steps = xo.SGD(lr=1.0), arrays(SMALL * 4, 0.0), 300
+    with threads(2):
+        for _ in range(steps):
+            opt.update(params, arrays(SMALL * 4))
+            if rng.random() < 0.1:
+                time.sleep(rng.choice([1e-4, 1e-3, 6e-3]))
+    assert (params["p"] == -steps).all()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="this system does not let a thread choose its CPUs")
+def test_a_helper_wakes_on_another_cpu_than_its_callers() -> None:
+    allowed = os.sched_getaffinity(0)
+    opt, params = xo.SGD(lr=0.5), arrays(LARGE)
+    try:
+        with threads(2):
+            for mask in (allowed, {min(allowed)}, allowed, {max(allowed)}, allowed):
+                opt.update(params, arrays(LARGE))
+                assert wait_for(lambda: set(states()) == {thread_pool._ASLEEP})
+                os.sched_setaffinity(0, mask)
+                opt.update(params, arrays(LARGE))
+                helper = os.sched_getaffinity(words()[thread_pool._THREAD])
+                assert helper <= mask
+                assert len(helper) == max(1, len(mask) - 1)
+    finally:
+        os.sched_setaffinity(0, allowed)
+
+
+@pytest.mark.smoke
+def test_the_interpreter_exits_while_a_helper_is_awake() -> None:
+    code = f"""
+import numpy as np, xpoptim as xo
+xo.set_num_threads(2)
+opt, params, grads = xo.Adam(), {{"p": np.ones({SMALL})}}, {{"p": np.ones({SMALL})}}
+for _ in range(200):
+    opt.update(params, grads)
+"""
+    for _ in range(3):
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+        assert (done.returncode, done.stderr) == (0, "")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The step in one call
+
+
+def stepped(make: Callable[[int], tuple[Any, Any]], steps: int = 4) -> tuple[Any, Any, list[bool]]:
+    """Parameters and state after steps over ``make``'s containers (the same arrays), and which were one call."""
+    opt, direct, params = xo.Momentum(lr=0.5), [], None
+    original = scan.Direct.run
+
+    def run(self: scan.Direct, containers: tuple[Any, ...], made: Any) -> bool:
+        direct.append(original(self, containers, made))
+        assert made.value == direct[-1]
+        return direct[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scan.Direct, "run", run)
+        for step in range(steps):
+            params, grads = make(step)
+            opt.update(params, grads)
+    return params, opt.state, direct
+
+
+def test_the_layout_of_array_objects_is_read_from_arrays_of_every_sort() -> None:
+    with mock.patch.object(scan, "_reads_right", wraps=scan._reads_right) as reads_right:
+        assert scan._layout_as_expected()
+    looked_at = [call.args[0] for call in reads_right.call_args_list]
+    assert all(type(array) is np.ndarray for array in looked_at)
+    assert {array.ndim for array in looked_at} == {0, 1, 3}
+    assert {array.flags.writeable for array in looked_at} == {True, False}
+    assert {array.flags.c_contiguous for array in looked_at} == {True, False}
+
+
+def test_what_is_no_array_says_nothing_of_the_layout() -> None:
+    with pytest.raises(TypeError, match="float64"):
+        scan._reads_right(np.float64(1.0) + np.zeros(()))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("_DATA", 40), ("_NDIM", 28), ("_DIMS", 40), ("_STRIDES", 32), ("_DESCR", 48), ("_FLAGS", 24), ("_WRITEABLE", 1)],
+)
+def test_another_layout_of_array_objects_is_noticed(field: str, value: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scan, field, value)
+    assert not scan._layout_as_expected()
+
+
+P = [np.ones(3), np.ones((2, 2)), np.ones(5)]
+G = [np.full(3, 1.0), np.full((2, 2), 2.0), np.full(5, 3.0)]
+KEYS = ["a", "b", "c"]
+
+CONTAINERS: dict[str, Callable[[list[Any], list[Any], int], tuple[Any, Any]]] = {
+    "dicts": lambda p, g, step: (dict(zip(KEYS, p, strict=True)), dict(zip(KEYS, g, strict=True))),
+    "lists": lambda p, g, step: (list(p), list(g)),
+    "keys that are numbers": lambda p, g, step: (dict(enumerate(p)), dict(enumerate(g))),
+    "other key objects": lambda p, g, step: (
+        {f"{k}{'x' * 3}": x for k, x in zip(KEYS, p, strict=True)},
+        {f"{k}{'x' * 3}": x for k, x in zip(KEYS, g, strict=True)},
+    ),
+    "gradients in another order": lambda p, g, step: (
+        dict(zip(KEYS, p, strict=True)),
+        dict(zip(KEYS[::-1], g[::-1], strict=True)),
+    ),
+    "a gradient too many": lambda p, g, step: (
+        dict(zip(KEYS, p, strict=True)),
+        {**dict(zip(KEYS, g, strict=True)), "d": 0},
+    ),
+    "tuples": lambda p, g, step: (tuple(p), tuple(g)),
+    "gradients in a tuple": lambda p, g, step: (list(p), tuple(g)),
+    "nested": lambda p, g, step: ({"a": p[0], "b": p[1:]}, {"a": g[0], "b": g[1:]}),
+    "None now and then": lambda p, g, step: (list(p), [g[0], None if step % 2 else g[1], g[2]]),
+}
+IN_ONE_CALL = {"dicts", "lists", "keys that are numbers", "None now and then"}
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("name", CONTAINERS)
+def test_containers_of_any_kind(name: str) -> None:
+    def run() -> tuple[Any, Any, list[bool]]:
+        p = [x.copy() for x in P]
+        return stepped(lambda step: CONTAINERS[name](p, [x.copy() for x in G], step))
+
+    params, state, direct = run()
+    with xo.engine("reference"):
+        expected, expected_state, never = run()
+    assert_same_tree(params, expected)
+    assert_same_tree(state, expected_state)
+    assert all(direct) is (name in IN_ONE_CALL) or not direct
+    assert not never
+    if name in IN_ONE_CALL:
+        assert direct == [True] * 3
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize(
+    ("params", "grads"),
+    [
+        (lambda p: p, lambda g: list(g.values())),
+        (lambda p: list(p.values()), lambda g: list(g.values())),
+        (lambda p: p, lambda g: dict(enumerate(g.values()))),
+        (lambda p: p, lambda g: dict(list(g.items())[:2])),
+        (lambda p: dict(list(p.items())[:2]), lambda g: g),
+        (lambda p: p, lambda g: g | {"a": np.ones(4)}),
+        (lambda p: p, lambda g: g | {"a": 1}),
+        (lambda p: p, lambda g: g | {"a": [1.0]}),
+        (lambda p: p | {"a": np.ones(4)}, lambda g: g | {"a": np.ones(4)}),
+    ],
+)
+def test_what_no_longer_fits_is_refused_as_at_first(params: Any, grads: Any) -> None:
+    opt = xo.Momentum()
+    p, g = dict(zip(KEYS, [x.copy() for x in P], strict=True)), dict(zip(KEYS, G, strict=True))
+    for _ in range(3):
+        opt.update(p, g)
+    before = {key: x.copy() for key, x in p.items()}
+    with pytest.raises((TypeError, ValueError)):
+        opt.update(params(p), grads(g))
+    assert_same_tree(p, before)
+    assert opt.state["step"] == 3
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("size", [7, LARGE], ids=["holding the lock", "letting go of it"])
+def test_references_are_given_back(size: int) -> None:
+    opt = xo.Adam()
+    params = {"p": np.ones(size, np.float32), "q": np.ones(2, np.float32)}
+    grads: dict[str, Any] = {"p": np.ones(size, np.float32), "q": None}
+    with threads(2):
+        for _ in range(2):
+            opt.update(params, grads)
+        watched = [*params.values(), grads["p"], None, opt.state["slots"]["m"]["p"], params, grads]
+        before = [sys.getrefcount(x) for x in watched]
+        for _ in range(50):
+            opt.update(params, grads)
+        after = [sys.getrefcount(x) for x in watched]
+    assert [abs(a - b) < 10 for a, b in zip(after, before, strict=True)] == [True] * len(watched)
+
+
+def test_arrays_are_held_while_other_threads_run() -> None:
+    """Another thread empties the containers and frees what it can in the middle of a long step."""
+    size, stop = LARGE * 4, threading.Event()
+    params: dict[str, Any] = {}
+    grads: dict[str, Any] = {}
+
+    def clear() -> None:
+        while not stop.is_set():
+            if grads:
+                grads.clear()
+                gc.collect()
+
+    kept = np.zeros(size, np.float32)
+    expected = 0.0
+    with threads(2):
+        opt = xo.SGD(lr=1.0)
+        opt.update({"p": kept}, {"p": np.zeros(size, np.float32)})
+        worker = threading.Thread(target=clear)
+        worker.start()
+        try:
+            for _ in range(40):
+                params["p"], grads["p"] = kept, np.ones(size, np.float32)
+                try:
+                    opt.update(params, grads)
+                except (ValueError, RuntimeError):  # it was cleared before the step
+                    continue
+                expected -= 1
+        finally:
+            stop.set()
+            worker.join()
+    assert (kept == expected).all()
+
+
+def test_slots_under_other_keys() -> None:
+    """Where an array lies does not tell whose slot it is."""
+    opt, params = xo.Momentum(lr=1.0), {"a": np.zeros(2), "b": np.zeros(2)}
+    grads = {"a": np.ones(2), "b": np.full(2, 10.0)}
+    for _ in range(3):
+        opt.update(params, grads)
+    with xo.engine("reference"):
+        expected = copy.deepcopy(opt)
+        other = {key: x.copy() for key, x in params.items()}
+    for one in (opt, expected):
+        v = one.state["slots"]["v"]
+        one.state["slots"]["v"] = {"b": v["a"], "a": v["b"]}
+    opt.update(params, grads)
+    with xo.engine("reference"):
+        expected.update(other, grads)
+    assert_same_tree(params, other)
+    v = opt.state["slots"]["v"]
+    v["zzz"] = v.pop("b")
+    with pytest.raises(ValueError, match="zzz"):
+        opt.update(params, grads)
+
+
+@pytest.mark.parametrize("slots", [None, [], {"v": None}, {"v": []}])
+def test_a_state_without_slots(slots: Any) -> None:
+    opt, params = xo.Momentum(), {"a": np.zeros(2)}
+    for _ in range(3):
+        opt.update(params, {"a": np.ones(2)})
+    opt.state["slots"] = slots
+    with pytest.raises(ValueError, match="slots"):
+        opt.update(params, {"a": np.ones(2)})
+
+
+@pytest.mark.parametrize("size", [5_000, 200_000, 600_000])
+def test_one_optimizer_in_several_threads_does_not_break_the_interpreter(size: int) -> None:
+    """It makes no sense, and says nothing of the values; but memory must stay whole."""
+    code = f"""
+import threading
+import numpy as np, xpoptim as xo
+xo.set_num_threads(3)
+opt, params = xo.SGD(lr=0.0), {{"p": np.ones({size}, np.float32)}}
+def work():
+    for _ in range(300):
+        opt.update(params, {{"p": np.ones({size}, np.float32)}})
+all_threads = [threading.Thread(target=work) for _ in range(4)]
+[t.start() for t in all_threads]
+[t.join() for t in all_threads]
+print((params["p"] == 1).all())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
+
+
+def test_long_steps_in_a_thread_with_a_small_stack() -> None:
+    code = """
+import threading
+import numpy as np, xpoptim as xo
+def work():
+    opt = xo.Adam()
+    params, grads = [{str(i): np.ones(100) for i in range(4000)} for _ in range(2)]
+    for _ in range(4):
+        opt.update(params, grads)
+    print(opt.state["step"])
+xo.Adam().update([np.ones(3)], [np.ones(3)])
+threading.stack_size(1 << 17)
+worker = threading.Thread(target=work)
+worker.start()
+worker.join()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout) == (0, "4\n"), done.stderr
+
+
+def test_a_finalizer_may_step_while_a_helper_is_made() -> None:
+    code = f"""
+import _thread
+import numpy as np, xpoptim as xo
+from xpoptim.engines.cpu import thread_pool
+xo.set_num_threads(8)
+other, theirs = xo.SGD(lr=1.0), [np.zeros({LARGE}, np.float32)]
+ones = [np.ones({LARGE}, np.float32)]
+
+stepping = []
+class Stepping:
+    def __del__(self):
+        if not stepping:  # not again from within
+            stepping.append(True)
+            other.update(theirs, ones)
+            stepping.clear()
+
+start, live = _thread.start_new_thread, thread_pool._live
+def finalizing(*arguments):
+    Stepping()
+    return start(*arguments)
+def settling(serve):
+    Stepping()
+    live(serve)
+_thread.start_new_thread, thread_pool._live = finalizing, settling
+for _ in range(20):
+    xo.SGD(lr=1.0).update([np.zeros({8 * LARGE}, np.float32)], [np.ones({8 * LARGE}, np.float32)])
+print(other.state["step"] > 1, len(thread_pool._helpers) >= 7)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout) == (0, "True True\n"), done.stderr

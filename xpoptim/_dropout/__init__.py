@@ -1,0 +1,9 @@
+"""Dropout.
+
+- ``layer``: the definition, the layer and the function
+- ``arrays``: a mask and a scale applied to one array
+"""
+
+from .layer import Dropout, dropout
+
+__all__ = ["Dropout", "dropout"]

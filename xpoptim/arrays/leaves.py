@@ -1,0 +1,326 @@
+"""Nested containers <-> flat lists of leaves, and what a leaf may be.
+
+A leaf is an array of any Array API namespace, a NumPy scalar or a Python float. Its key is its
+path joined by dots, ``"encoder.0.W"``; a lone array's key is ``"param"``.
+"""
+
+from __future__ import annotations
+
+import numbers
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+import numpy as np
+
+from ..errors import habits
+from .dtypes import COMPLEX_DTYPES, REAL_DTYPES
+from .namespaces import detached, device_of, dtype_name, namespace, namespace_name
+
+_LONE = "param"
+
+
+@dataclass(slots=True)
+class Leaf:
+    """One parameter with its gradient and slots, on its way through a step."""
+
+    key: str
+    given: Any  # as it stands in the user's container
+    home: Any  # that container, or None for a lone array
+    index: Any  # its place there
+    p: Any = None  # the array to be updated: `given`, or a 0-d array made of a number
+    g: Any = None  # the gradient as an array, or None
+    slots: list[Any] = field(default_factory=list)
+    space: str = "numpy"  # the namespace's name
+    dtype: str = ""
+    g_dtype: str = ""
+    layout: str = ""  # why it cannot take the fused path, if it cannot
+
+    def named(self, tree: str) -> str:
+        """How errors spell the leaf: ``grads['W1']``, or ``grads`` where that is a lone array."""
+        return f"{tree}[{self.key!r}]" if self.home is not None else tree
+
+    @property
+    def mutable(self) -> bool:
+        """Whether `p` can be written to: JAX arrays cannot, the 0-d array of a number can."""
+        return self.space != "jax"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Containers
+
+
+def pairs(params: Any, grads: Any) -> list[Leaf]:
+    """Walk ``params`` with ``grads`` beside it; every leaf once, in the containers' order.
+
+    Raises ``ValueError`` for a missing gradient, lists of unequal length, two paths with one key, or a container that
+    contains itself; ``TypeError`` where ``params`` and ``grads`` are nested differently.
+    """
+    leaves = list(_walk(params, grads, (), (), None))
+    seen: set[str] = set()
+    for leaf in leaves:
+        if leaf.key in seen:
+            raise ValueError(
+                f"two paths in params have the key {leaf.key!r}: rename one (keys are paths joined by dots)"
+            )
+        seen.add(leaf.key)
+    return leaves
+
+
+ABSENT = object()  # in place of `grads` where there are none, as in `init`
+
+
+def _walk(params: Any, grads: Any, path: tuple[str, ...], above: tuple[Any, ...], index: Any) -> Iterator[Leaf]:
+    """``above`` are the containers along the path, the outermost first."""
+    if not isinstance(params, dict | list | tuple):
+        yield Leaf(".".join(path) or _LONE, params, above[-1] if above else None, index, g=grads)
+        return
+    _refuse_circle(params, path, above)
+    _nested_alike(params, grads, path)
+    for key, value in params.items() if isinstance(params, dict) else enumerate(params):
+        if isinstance(value, dict | list | tuple) and not value:
+            continue  # a layer without parameters needs no gradients
+        inner = (*path, str(key))
+        yield from _walk(value, _gradient_of(grads, key, inner), inner, (*above, params), key)
+
+
+def _refuse_circle(container: Any, path: tuple[str, ...], above: tuple[Any, ...]) -> None:
+    for depth, outer in enumerate(above):
+        if container is outer:
+            raise ValueError(
+                f"{where('params', path)} is {where('params', path[:depth])} again: a container that contains itself "
+                "has no end; leave that entry out"
+            )
+
+
+def _nested_alike(params: Any, grads: Any, path: tuple[str, ...]) -> None:
+    if grads is ABSENT:
+        return
+    if not isinstance(grads, dict if isinstance(params, dict) else list | tuple):
+        raise TypeError(
+            f"{where('params', path)} is {_kind(params)} but {where('grads', path)} is {_kind(grads)}: "
+            f"{habits.instead(grads) or 'nest them alike'}"
+        )
+    if not isinstance(params, dict) and len(grads) != len(params):
+        raise ValueError(
+            f"{where('grads', path)} has {len(grads)} entries but {where('params', path)} has {len(params)}: "
+            "they must have equal length (None stands for no gradient)"
+        )
+
+
+def _gradient_of(grads: Any, key: Any, path: tuple[str, ...]) -> Any:
+    if grads is ABSENT:
+        return grads
+    if isinstance(grads, dict) and key not in grads:
+        known = ", ".join(map(str, grads)) or "none"
+        raise ValueError(
+            f"{where('grads', path)} is missing (gradients there: {known}): "
+            "give every parameter a gradient, or None to leave it as it is"
+        )
+    return grads[key]
+
+
+def where(tree: str, path: tuple[str, ...]) -> str:
+    """How errors spell a place: ``grads['W1']``, or ``grads`` itself."""
+    return f"{tree}[{'.'.join(path)!r}]" if path else tree
+
+
+def _kind(x: Any) -> str:
+    if x is None:
+        return "None (which stands for the gradient of one array only)"
+    name = type(x).__name__
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+
+
+def rebuilt(params: Any, values: Iterator[Any]) -> Any:
+    """A container like ``params`` with the next value in the place of each leaf."""
+    if isinstance(params, dict):
+        copy = params.copy()
+        for key, value in params.items():
+            copy[key] = rebuilt(value, values)
+        return copy
+    if isinstance(params, tuple) and hasattr(params, "_fields"):
+        return type(params)(*(rebuilt(value, values) for value in params))
+    if isinstance(params, list | tuple):
+        return type(params)(rebuilt(value, values) for value in params)
+    return next(values)
+
+
+# How a container is nested: None for a leaf; for a list or tuple the skeletons of its entries; for a dict its keys with
+# theirs, and with None instead if all are leaves.
+Skeleton = tuple[Any, ...] | None
+
+
+def skeleton(tree: Any) -> Skeleton:
+    """How a container is nested."""
+    if isinstance(tree, dict):
+        entries = [skeleton(value) for value in tree.values()]
+        return ("dict", list(tree), None if all(entry is None for entry in entries) else entries)
+    if isinstance(tree, list | tuple):
+        entries = [skeleton(value) for value in tree]
+        return ("list", len(tree), None if all(entry is None for entry in entries) else entries)
+    return None
+
+
+def gather(tree: Any, shape: Skeleton, leaves: list[Any], *, exact: bool = False) -> bool:
+    """Append the leaves of a container nested in this way; False if it is not. ``exact``: it has no further keys."""
+    if shape is None:
+        leaves.append(tree)
+        return True
+    kind, keys, entries = shape
+    if kind == "dict":
+        if not isinstance(tree, dict) or (exact and len(tree) != len(keys)):
+            return False
+        if len(tree) == len(keys) and list(tree) == keys:
+            values = list(tree.values())
+        else:
+            try:
+                values = [tree[key] for key in keys]
+            except KeyError:
+                return False
+    elif not isinstance(tree, list | tuple) or len(tree) != keys:
+        return False
+    else:
+        values = list(tree)
+    if entries is None:
+        leaves += values
+        return True
+    return all(gather(value, entry, leaves, exact=exact) for value, entry in zip(values, entries, strict=True))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Arrays
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, numbers.Number) and not isinstance(x, np.generic)
+
+
+def resolve_parameter(leaf: Leaf, *, writing: bool) -> None:
+    """Fill in the leaf's array, namespace and dtype; refuse what cannot be a parameter."""
+    name, given = leaf.named("params"), leaf.given
+    if isinstance(given, bool | int) or (isinstance(given, np.generic) and given.dtype.kind in "iub"):
+        raise TypeError(f"{name} is the integer {given!r}: parameters are floats; write it as one")
+    if isinstance(given, complex) and not isinstance(given, np.generic):
+        raise TypeError(f"{name} is a Python complex: use np.complex128({given!r}) or an array")
+    if isinstance(given, float) and not isinstance(given, np.generic):
+        leaf.p, leaf.space, leaf.dtype = np.array(given), "numpy", "float64"
+        _needs_home(leaf, writing)
+        return
+    space = namespace_name(given)
+    if space is None:
+        _not_a_parameter(leaf)
+    masked = sys.modules.get("numpy.ma")  # NumPy loads it when it is first asked for: nobody has one before that
+    if masked is not None and isinstance(given, masked.MaskedArray):
+        raise TypeError(f"{name} is a masked array, whose mask an update would not heed: pass its .data")
+    leaf.space, leaf.dtype = space, dtype_name(given)
+    if leaf.dtype not in REAL_DTYPES and leaf.dtype not in COMPLEX_DTYPES:
+        _bad_dtype(name, leaf.dtype, REAL_DTYPES + COMPLEX_DTYPES)
+    if isinstance(given, np.generic):
+        leaf.p = np.array(given)
+        _needs_home(leaf, writing)
+    elif space == "jax":
+        leaf.p = given
+        _needs_home(leaf, writing)
+    else:
+        leaf.p = (
+            given.view(np.ndarray)
+            if isinstance(given, np.ndarray) and type(given) is not np.ndarray
+            else detached(given)
+        )
+        if writing and space == "numpy" and not leaf.p.flags.writeable:
+            raise ValueError(f"{name} is read-only and cannot be updated in place: pass a writable copy, or use apply")
+
+
+def _not_a_parameter(leaf: Leaf) -> NoReturn:
+    if leaf.given is None and leaf.home is None:
+        raise TypeError(
+            "params is None: update writes into the arrays and returns None, "
+            "so write opt.update(params, grads) by itself and not params = opt.update(...)"
+        )
+    advice = habits.instead(leaf.given) or (
+        "a parameter is an array of an Array API namespace, a NumPy scalar or a float, "
+        "and parameters are nested in dicts, lists and tuples"
+    )
+    raise TypeError(f"{leaf.named('params')} is {'None' if leaf.given is None else _kind(leaf.given)}: {advice}")
+
+
+def _needs_home(leaf: Leaf, writing: bool) -> None:
+    """A number or a JAX array cannot be written to: `update` puts a new one in its dict or list."""
+    if writing and not isinstance(leaf.home, dict | list):
+        place = "stands alone" if leaf.home is None else "stands in a tuple"
+        raise TypeError(
+            f"{leaf.named('params')} is immutable ({type(leaf.given).__name__}) and {place}, "
+            "so update cannot replace it: "
+            "put it in a dict or list, or use params, state = opt.apply(params, grads, state)"
+        )
+
+
+def _bad_dtype(name: str, dtype: str, allowed: tuple[str, ...]) -> NoReturn:
+    raise TypeError(f"{name} has dtype {dtype}: allowed are {', '.join(allowed)} (convert it with astype)")
+
+
+def resolve_gradient(leaf: Leaf) -> None:
+    """Fill in the gradient's array and dtype; refuse what does not fit the parameter."""
+    g = leaf.g
+    if g is None or g is ABSENT:
+        leaf.g = None
+        return
+    name, of = leaf.named("grads"), leaf.named("params")
+    if _is_number(g):
+        g = _number_gradient(leaf, g, name)
+    space = namespace_name(g)
+    if space is None:
+        advice = habits.instead(g) or "a gradient is an array like its parameter, or None"
+        raise TypeError(f"{name} is {_kind(g)}: {advice}")
+    if space != leaf.space:
+        raise TypeError(f"{name} is a {space} array but {of} is a {leaf.space} array: bring both to one namespace")
+    leaf.g_dtype = dtype_name(g)
+    if leaf.g_dtype in COMPLEX_DTYPES and leaf.dtype not in COMPLEX_DTYPES:
+        raise TypeError(f"{name} is complex ({leaf.g_dtype}) but {of} is real ({leaf.dtype}): pass its real part")
+    if leaf.g_dtype not in REAL_DTYPES and leaf.g_dtype not in COMPLEX_DTYPES:
+        _bad_dtype(name, leaf.g_dtype, REAL_DTYPES + (COMPLEX_DTYPES if leaf.dtype in COMPLEX_DTYPES else ()))
+    if tuple(g.shape) != tuple(leaf.p.shape):
+        raise ValueError(f"{name} has shape {tuple(g.shape)} but {of} has shape {tuple(leaf.p.shape)}")
+    if space != "numpy" and device_of(g) != device_of(leaf.p):
+        raise ValueError(f"{name} is on {device_of(g)} but {of} is on {device_of(leaf.p)}: bring both to one device")
+    if isinstance(g, np.generic):
+        g = np.asarray(g)
+    leaf.g = g.view(np.ndarray) if isinstance(g, np.ndarray) and type(g) is not np.ndarray else detached(g)
+
+
+def _number_gradient(leaf: Leaf, g: Any, name: str) -> Any:
+    """A Python number as the gradient of a leaf without axes."""
+    if isinstance(g, bool):
+        raise TypeError(f"{name} is the bool {g}: a gradient is a float")
+    if isinstance(g, complex) and leaf.dtype not in COMPLEX_DTYPES:
+        raise TypeError(f"{name} is complex ({g!r}) but {leaf.named('params')} is real: pass its real part")
+    try:
+        g = g if isinstance(g, complex) else float(g)
+    except OverflowError:
+        raise ValueError(f"{name} is an integer beyond the floats: a gradient is a float") from None
+    if leaf.space == "numpy":
+        return np.array(g)
+    xp = namespace(leaf.p)
+    return xp.asarray(g, dtype=leaf.p.dtype, device=device_of(leaf.p))
+
+
+def replaced(leaf: Leaf) -> bool:
+    """Whether the leaf is a number or an immutable array, which `update` replaces in its container."""
+    return isinstance(leaf.given, float | np.generic) or not leaf.mutable
+
+
+def as_given(leaf: Leaf) -> Any:
+    """The new value in the form that the user gave: a float for a float, a NumPy scalar for one, else the array.
+
+    An array of a subclass of ndarray is wrapped as NumPy wraps what it computes from one: attributes are handed on by
+    ``__array_finalize__``, and what is computed from a memory map is a plain array.
+    """
+    if isinstance(leaf.given, np.generic):
+        return leaf.p[()]
+    if isinstance(leaf.given, float):
+        return float(leaf.p)
+    if isinstance(leaf.given, np.ndarray) and type(leaf.given) is not np.ndarray:
+        return leaf.given.__array_wrap__(leaf.p)
+    return leaf.p

@@ -1,0 +1,5 @@
+"""A program becomes text.
+
+- ``llvm``: LLVM's assembly, for CPUs
+- ``cuda``: CUDA C++, for NVIDIA's GPUs
+"""

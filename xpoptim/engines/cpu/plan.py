@@ -1,0 +1,247 @@
+"""The CPU engine: fused kernels over tables of NumPy arrays.
+
+`kernels` compiles a recipe for one pair of dtypes. A `Plan` lays the arrays of a container out as one table, runs
+the kernels over it, and can be run again as long as the arrays are what they were.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from ...arrays.dtypes import PART
+from ...arrays.leaves import Leaf
+from ...arrays.memory import dense_alike
+from ...codegen.llvm.elementwise import HEADER, assembly
+from ...recipe.recipe import Traced
+from ...trace.program import Program
+from ...trace.sums import CHUNK, fold
+from . import thread_pool, threads
+
+_GRAIN = 1 << 14  # elements of a task at most, a multiple of CHUNK
+_TASKS = 16  # so many at least where there are elements enough: what is left when one thread is through is little
+_PIECE = 1 << 16  # elements of a gradient that are copied at a time, a multiple of CHUNK
+
+
+class Kernel:
+    """A program as machine code: ``prologue`` rounds the scalars, ``run`` walks a table of rows. Both are addresses."""
+
+    def __init__(self, program: Program) -> None:
+        from .jit import Module
+
+        self._module = Module(assembly(program), subnormals=("prologue", "run"))
+        self.prologue, self.run = self._module.address("prologue"), self._module.address("run")
+        self.scalars = len(program.scalars)
+
+
+@lru_cache(maxsize=256)  # not for ever: a rule that is written again and again, as in a notebook, is another program
+def _kernel(program: Program) -> Kernel:
+    return Kernel(program)
+
+
+def kernels(traced: Traced, dtype: str, g_dtype: str) -> dict[str, Kernel]:
+    """The compiled passes of a step for one pair of dtypes. Equal programs are compiled once."""
+    with threads.compiling:
+        return {kind: _kernel(program) for kind, program in traced.programs(dtype, g_dtype).items()}
+
+
+def obstacle(leaf: Leaf) -> str:
+    """Why a leaf cannot take the fused path, or an empty string."""
+    arrays = [leaf.p, *([leaf.g] if leaf.g is not None else []), *leaf.slots]
+    if any(not a.dtype.isnative for a in arrays):
+        return "its bytes are not in the machine's order"
+    if leaf.g is not None and leaf.dtype in PART and leaf.g_dtype not in PART:
+        return f"its gradient is real ({leaf.g_dtype}) and it is complex"
+    if not stageable(leaf):
+        return "this CPU has no instructions for float16"
+    if not dense_alike(arrays):
+        if not dense_alike([leaf.p]):
+            return f"the parameter is not dense (shape {leaf.p.shape}, strides {leaf.p.strides})"
+        return "gradient and parameter differ in layout: strides " + " and ".join(
+            str(a.strides) for a in (leaf.g, leaf.p) if a is not None
+        )
+    return ""
+
+
+class _Pass:
+    """A kernel with its scalars and its job. To ask an array for its address takes longer than a small kernel: once."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        self.kernel, self._scalars = kernel, np.zeros(max(1, kernel.scalars))
+        self.scalars_at = self._scalars.ctypes.data
+        self.job_at = 0
+
+    def over(self, cursors: int, table: int, rows: int, total: int, sums: int) -> None:
+        grain = min(_GRAIN, max(1, total // (_TASKS * CHUNK)) * CHUNK)
+        self._job = np.array([cursors, 0, table, rows, self.scalars_at, grain, total, sums], np.int64)
+        self.job_at = self._job.ctypes.data
+
+    def call(self, inputs: int) -> list[int]:
+        """For `thread_pool.Calls`."""
+        return [self.kernel.prologue, inputs, self.scalars_at, self.kernel.run, self.job_at]
+
+
+def stageable(leaf: Leaf) -> bool:
+    """Whether a kernel can serve dense copies of what it cannot serve as it is."""
+    if "float16" not in (leaf.dtype, leaf.g_dtype):
+        return True
+    from .jit import half_precision
+
+    return half_precision()
+
+
+def staged(leaf: Leaf) -> Leaf:
+    """The leaf through dense copies, of its gradient alone where that is enough. `step` brings the results home."""
+    copy = replace(leaf, p=_native(leaf.p), slots=[_native(slot) for slot in leaf.slots])
+    if not dense_alike([copy.p, *copy.slots]):
+        copy.p, copy.slots = _in_c_order(copy.p), [_in_c_order(slot) for slot in copy.slots]
+    dtype = leaf.g.dtype.newbyteorder("=")
+    if leaf.dtype in PART and leaf.g_dtype not in PART:
+        dtype = np.result_type(dtype, np.complex64)
+        copy.g_dtype = dtype.name
+    copy.g = np.empty_like(copy.p, dtype=dtype)
+    copy.g[...] = leaf.g
+    return copy
+
+
+def _native(a: np.ndarray) -> np.ndarray:
+    return a if a.dtype.isnative else a.astype(a.dtype.newbyteorder("="))
+
+
+def _in_c_order(a: np.ndarray) -> np.ndarray:
+    return np.asarray(a, order="C")
+
+
+@dataclass
+class _Group:
+    """The rows of one pair of dtypes: consecutive in the table, one job for each pass."""
+
+    passes: dict[str, _Pass]
+    leaves: list[int]
+    first: int  # its first row
+    start: int  # where its elements begin in the line of all rows, padded to whole chunks
+    total: int  # the length of that line
+    elements: int  # the true number of elements
+
+
+class Plan:
+    """A table over the arrays of fused leaves, and the calls that run it.
+
+    It holds addresses, not arrays: whoever calls `run` keeps the arrays alive.
+    """
+
+    def __init__(self, traced: Traced, leaves: list[Leaf]) -> None:
+        recipe = traced.recipe
+        threads.get_num_threads()  # a bad XPOPTIM_NUM_THREADS is an error now, before anything is written
+        columns = 2 + len(recipe.slots)
+        self._table = np.zeros((len(leaves), HEADER + columns), np.int64)
+        self._row_bytes = self._table.strides[0]
+        self._groups: list[_Group] = []
+        self._rows = [0] * len(leaves)
+        self._starts = [0] * len(leaves)
+        self._lengths = [0] * len(leaves)
+        by_dtypes: dict[tuple[str, str], list[int]] = {}
+        for i, leaf in enumerate(leaves):
+            by_dtypes.setdefault((leaf.dtype, leaf.g_dtype or leaf.dtype), []).append(i)
+        row = start = 0
+        for (dtype, g_dtype), members in by_dtypes.items():
+            passes = {kind: _Pass(kernel) for kind, kernel in kernels(traced, dtype, g_dtype).items()}
+            first, begin = row, start
+            for i in members:
+                self._fill(row, start - begin, i, leaves[i])
+                self._starts[i] = start
+                start += -(-self._lengths[i] // CHUNK) * CHUNK
+                row += 1
+            elements = sum(self._lengths[i] for i in members)
+            self._groups.append(
+                _Group(passes, members, first=first, start=begin, total=start - begin, elements=elements)
+            )
+        self._sums = np.zeros(start // CHUNK + 1)
+        self._first_chunks = np.array(self._starts, np.int64) // CHUNK
+        self._long = [i for i, length in enumerate(self._lengths) if length > CHUNK]
+        self._inputs: Any = (ctypes.c_double * len(recipe.inputs))()
+        self._inputs_at = ctypes.addressof(self._inputs)
+        self._cursors = thread_pool.cursors()
+        self._cursors_at = self._cursors.ctypes.data
+        for group in self._groups:
+            table = self._table.ctypes.data + group.first * self._row_bytes
+            sums = self._sums.ctypes.data + group.start // CHUNK * 8
+            for one in group.passes.values():
+                one.over(self._cursors_at, table, len(group.leaves), group.total, sums)
+        busy = [group for group in self._groups if group.elements]
+        self.elements = sum(group.elements for group in busy)
+        largest = max((group.elements for group in busy), default=0)
+        self.calls = {
+            kind: thread_pool.Calls([group.passes[kind].call(self._inputs_at) for group in busy], largest)
+            for kind in (("norm", "update") if recipe.reductions else ("update",))
+        }
+
+    def _fill(self, row: int, start: int, i: int, leaf: Leaf) -> None:
+        length = leaf.p.size * (2 if leaf.dtype in PART else 1)  # a complex array is its parts in turn
+        self._rows[i], self._lengths[i] = row, length
+        pointers = [a.ctypes.data if a is not None else 0 for a in (leaf.p, leaf.g, *leaf.slots)]
+        self._table[row] = [length if leaf.g is not None else 0, start, 0, *pointers]
+
+    def cells(self) -> tuple[list[list[int]], list[tuple[int, int]]]:
+        """The addresses of the pointers, column by column, and of the lengths, for `scan.Scanner`."""
+        base, width = self._table.ctypes.data, self._row_bytes
+        columns = [
+            [base + row * width + 8 * (HEADER + column) for row in self._rows]
+            for column in range(self._table.shape[1] - HEADER)
+        ]
+        return columns, [(base + row * width, length) for row, length in zip(self._rows, self._lengths, strict=True)]
+
+    def squares(self, inputs: list[float], odd: dict[int, Any]) -> np.ndarray:
+        """The sum of squares of each leaf's loaded gradient, in the leaves' order.
+
+        ``odd`` holds the gradients that do not lie in C order; they are visited through copies of a piece at a time.
+        """
+        self._inputs[: len(inputs)] = inputs
+        skipped = [(self._rows[i], self._table[self._rows[i], 0]) for i in odd]
+        for row, _ in skipped:
+            self._table[row, 0] = 0
+        self.calls["norm"].run(ctypes.c_int64())
+        for row, length in skipped:
+            self._table[row, 0] = length
+        lengths = self._table[self._rows, 0]
+        for i, g in odd.items():
+            if lengths[i]:
+                self._odd_chunks(i, g, self._chunks(i, int(lengths[i])))
+        sums = self._sums[self._first_chunks]
+        sums[lengths == 0] = 0.0
+        with np.errstate(over="ignore", invalid="ignore"):
+            for i in self._long:
+                if lengths[i]:
+                    sums[i] = fold(np, self._chunks(i, int(lengths[i])))
+        return sums
+
+    def _chunks(self, i: int, length: int) -> np.ndarray:
+        first = self._first_chunks[i]
+        return self._sums[first : first - (-length // CHUNK)]
+
+    def _odd_chunks(self, i: int, g: Any, chunks: np.ndarray) -> None:
+        """Chunk sums of a gradient in logical C order, whatever its layout, through a small buffer."""
+        group = next(group for group in self._groups if i in group.leaves)
+        norm = _Pass(group.passes["norm"].kernel)
+        row = self._table[self._rows[i]].copy()
+        step = _PIECE // (2 if np.iscomplexobj(g) else 1)
+        for n, at in enumerate(range(0, g.size, step)):
+            piece = g.flat[at : at + step]
+            count = piece.size * (_PIECE // step)
+            row[0], row[1], row[HEADER + 1] = count, 0, piece.ctypes.data
+            out = chunks[n * (_PIECE // CHUNK) :]
+            norm.over(self._cursors_at, row.ctypes.data, 1, _PIECE, out.ctypes.data)
+            thread_pool.Calls([norm.call(self._inputs_at)], count).run(ctypes.c_int64())
+
+    def set_inputs(self, inputs: Sequence[float]) -> None:
+        self._inputs[:] = inputs
+
+    def run(self, inputs: list[float], made: Any) -> None:
+        """Update every leaf, in one call. ``made``, a ``c_int64``, becomes 1 when that begins."""
+        self.set_inputs(inputs)
+        self.calls["update"].run(made)

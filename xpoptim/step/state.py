@@ -1,0 +1,288 @@
+"""The state of an optimizer, ``{"step": int, "slots": {name: {key: array}}}``: made, checked, copied."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from ..arrays.dtypes import slot_dtype
+from ..arrays.leaves import Leaf
+from ..arrays.memory import beside, copied
+from ..arrays.namespaces import device_of, dtype_name, namespace, namespace_name
+
+State = dict[str, Any]
+Slots = Mapping[str, Any]  # names of slots with their start: a number, or a function of the parameter
+
+
+Signature = dict[str, tuple[Any, ...]]  # key: namespace, shape, dtype, device
+
+
+def signature(leaves: list[Leaf]) -> Signature:
+    """What the first step fixes for each leaf."""
+    return {leaf.key: (leaf.space, tuple(leaf.p.shape), leaf.dtype, str(device_of(leaf.p))) for leaf in leaves}
+
+
+def recorded_signature(known: Signature | None) -> dict[str, list[Any]] | None:
+    """What a state dict tells of the parameters: shapes and dtypes, but neither namespace nor device."""
+    return None if known is None else {key: [list(shape), dtype] for key, (_, shape, dtype, _) in known.items()}
+
+
+def loaded_signature(owner: str, d: Mapping[str, Any]) -> Signature | None:
+    """The signature in a state dict; None if it has none, or an empty one of no step yet, which fixes nothing."""
+    parameters = d.get("parameters")
+    if parameters is None or (parameters == {} and d["step"] == 0):
+        return None
+    try:
+        return {key: (None, tuple(shape), str(dtype), None) for key, (shape, dtype) in parameters.items()}
+    except (AttributeError, TypeError, ValueError):
+        raise ValueError(f"{owner}: 'parameters' in this state dict is not what state_dict records") from None
+
+
+def check_same_parameters(old: Signature, new: Signature) -> None:
+    """The parameters of a state dict must be those of the optimizer."""
+    if set(old) != set(new):
+        raise ValueError(f"the state dict is of parameters {_listed(new)}, but this optimizer is of {_listed(old)}")
+    for key in old:
+        if old[key][1:3] != new[key][1:3]:
+            raise ValueError(
+                f"{key!r} has shape {new[key][1]} and dtype {new[key][2]} in the state dict, "
+                f"but shape {old[key][1]} and dtype {old[key][2]} in this optimizer"
+            )
+
+
+def _listed(keys: Any) -> str:
+    return ", ".join(sorted(map(str, keys))) or "none"
+
+
+def public_name(cls: type) -> str:
+    """How a state dict names a class: ``xpoptim.Adam``, or a user's by module and qualified name."""
+    package = __name__.partition(".")[0]
+    ours = cls.__module__.partition(".")[0] == package
+    return f"{package if ours else cls.__module__}.{cls.__qualname__}"
+
+
+def check_class(cls: type, given: Any) -> None:
+    """The class that a state dict names must be this one; a name without a module is compared with the class's own."""
+    if given in (public_name(cls), cls.__name__):
+        return
+    same = isinstance(given, str) and given.rpartition(".")[2] == cls.__name__
+    advice = (
+        f"if it is the same class, which has moved, load d | {{'class': {cls.__name__!r}}}"
+        if same
+        else "load it into that optimizer"
+    )
+    raise ValueError(f"this state dict is of {given!r}, not of {public_name(cls)!r}: {advice}")
+
+
+def checked_step(state: State) -> int:
+    """The state's step count, which anyone can have written to."""
+    step = state["step"]
+    if type(step) is not int or step < 0:
+        raise ValueError(f"the state's step is {step!r}: it must be an int of at least 0")
+    return step
+
+
+def check_signature(owner: str, known: Signature | None, leaves: list[Leaf]) -> Signature:
+    """The leaves' signature, if it is the one known from the step before (or none is)."""
+    now = signature(leaves)
+    if known is None or now == known:
+        return now
+    _check_keys(owner, set(now), set(known))
+    leaf = next((leaf for leaf in leaves if not _alike(now[leaf.key], known[leaf.key])), None)
+    if leaf is None:
+        return now
+    what = ("namespace", "shape", "dtype", "device")
+    changes = [
+        f"{kind} {old}, now {new}"
+        for kind, old, new in zip(what, known[leaf.key], now[leaf.key], strict=True)
+        if old not in (None, new)
+    ]
+    raise ValueError(
+        f"{leaf.named('params')} had {' and '.join(changes)}: these are fixed by the first step "
+        f"(or the state dict that was loaded); make a new {owner} for other parameters"
+    )
+
+
+def _alike(now: tuple[Any, ...], known: tuple[Any, ...]) -> bool:
+    return all(old in (None, new) for old, new in zip(known, now, strict=True))
+
+
+def fresh_slots(starts: Slots, leaves: list[Leaf]) -> dict[str, dict[str, Any]]:
+    """The slots of leaves before the first step."""
+    return {name: {leaf.key: _started(start, leaf, name) for leaf in leaves} for name, start in starts.items()}
+
+
+def slots_for(owner: str, starts: Slots, leaves: list[Leaf], state: State) -> dict[str, dict[str, Any]]:
+    """The slots of the state, checked against the leaves and handed to them; fresh ones before the first step."""
+    slots = state["slots"]
+    if not isinstance(slots, dict) or any(not isinstance(slots.get(name, {}), dict) for name in starts):
+        raise ValueError(
+            f"the state's slots are {slots!r}: they must be {{name: {{key: array}}}}, as {owner} made them"
+        )
+    if not slots and starts and state["step"] == 0:
+        slots = fresh_slots(starts, leaves)
+    _check_known(owner, leaves, slots, tuple(starts))
+    for leaf in leaves:
+        leaf.slots = [_fitting(slots[name][leaf.key], leaf, name) for name in starts]
+    # A slot that was brought to its parameter's namespace is a new array: the state will be told.
+    for k, name in enumerate(starts):
+        if any(leaf.slots[k] is not slots[name][leaf.key] for leaf in leaves):
+            slots = slots | {name: {leaf.key: leaf.slots[k] for leaf in leaves}}
+    return slots
+
+
+def _started(start: Any, leaf: Leaf, name: str) -> Any:
+    """A slot's first value, in the slot's dtype and the parameter's shape, layout and device."""
+    with beside(leaf.p):
+        return _start_value(start, leaf, name)
+
+
+def _start_value(start: Any, leaf: Leaf, name: str) -> Any:
+    xp = namespace(leaf.p)
+    dtype = getattr(xp, slot_dtype(leaf.dtype))
+    value = start(leaf.p) if callable(start) else start
+    zeros = (
+        np.zeros_like(leaf.p, dtype=dtype, order="K") if leaf.space == "numpy" else xp.zeros_like(leaf.p, dtype=dtype)
+    )
+    if isinstance(value, int | float) and str(float(value)) == "0.0":
+        return zeros
+    if not hasattr(value, "shape"):
+        if not isinstance(value, int | float | complex):
+            raise TypeError(f"slot {name!r} of {leaf.named('params')} starts as {value!r}: give a number or an array")
+        with np.errstate(over="ignore"):
+            return xp.full_like(zeros, value)
+    if tuple(value.shape) not in ((), tuple(leaf.p.shape)):
+        raise ValueError(
+            f"slot {name!r} of {leaf.named('params')} starts with shape {tuple(value.shape)}, "
+            f"but the parameter has shape {tuple(leaf.p.shape)}"
+        )
+    if not leaf.mutable:
+        return xp.astype(xp.broadcast_to(value, leaf.p.shape), dtype)
+    zeros[...] = xp.astype(xp.asarray(value), dtype)
+    return zeros
+
+
+def _check_known(owner: str, leaves: list[Leaf], slots: dict[str, dict[str, Any]], names: tuple[str, ...]) -> None:
+    """The set of keys is fixed by the first step."""
+    for name in names:
+        _check_keys(owner, {leaf.key for leaf in leaves}, set(slots.get(name, ())))
+
+
+def _check_keys(owner: str, keys: set[str], known: set[str]) -> None:
+    if keys != known:
+        added, lost = sorted(keys - known), sorted(known - keys)
+        change = "; ".join(f"{what} {', '.join(k)}" for what, k in (("new:", added), ("missing:", lost)) if k)
+        raise ValueError(
+            f"the parameters are not those of {owner}'s state ({change}): they are fixed by the first step; "
+            "make a new optimizer for another set"
+        )
+
+
+def _fitting(slot: Any, leaf: Leaf, name: str) -> Any:
+    """The slot as an array beside its parameter, if it fits."""
+    place = f"slot {name!r} of {leaf.named('params')}"
+    if not hasattr(slot, "shape"):
+        raise ValueError(
+            f"{place} is {type(slot).__name__}, not an array: the state was changed or is of another optimizer"
+        )
+    if tuple(slot.shape) != tuple(leaf.p.shape) or dtype_name(slot) != slot_dtype(leaf.dtype):
+        raise ValueError(
+            f"{place} has shape {tuple(slot.shape)} and dtype {dtype_name(slot)}, but the parameter asks for shape "
+            f"{tuple(leaf.p.shape)} and dtype {slot_dtype(leaf.dtype)}: shapes and dtypes are fixed by the first step"
+        )
+    space = namespace_name(slot)
+    if space == leaf.space == "numpy":
+        return _native(slot, place)
+    if space == leaf.space and device_of(slot) == device_of(leaf.p):
+        return slot
+    if space == "cupy" and leaf.space in ("numpy", "cupy"):  # of another GPU: the state was loaded from there
+        from ..engines.cuda import driver
+
+        slot, space = driver.to_host(slot), "numpy"
+        if leaf.space == "numpy":
+            return slot
+    if space == leaf.space:
+        raise ValueError(f"{place} is on {device_of(slot)} but the parameter is on {device_of(leaf.p)}")
+    if space != "numpy":
+        raise ValueError(
+            f"{place} is a {space} array but the parameter is a {leaf.space} array: "
+            "the namespace is fixed by the first step"
+        )
+    return namespace(leaf.p).asarray(
+        np.array(slot), dtype=getattr(namespace(leaf.p), dtype_name(slot)), device=device_of(leaf.p)
+    )
+
+
+def _native(slot: Any, place: str) -> Any:
+    """A NumPy slot that kernels can write: one read from a file may have its bytes in the other order."""
+    if not slot.flags.writeable:
+        raise ValueError(f"{place} is read-only: put a writable array into the state")
+    return slot if slot.dtype.isnative else slot.astype(slot.dtype.newbyteorder("="))
+
+
+def plain_state(name: str, slots: tuple[str, ...], state: Any) -> State:
+    """A state as it should be, or a clear error."""
+    if not isinstance(state, Mapping) or "step" not in state or "slots" not in state:
+        raise ValueError(f"{name}: this is no optimizer state: it needs the entries 'step' and 'slots' (see init)")
+    step = state["step"]
+    if isinstance(step, bool) or not isinstance(step, int | np.integer) or step < 0:
+        raise ValueError(f"{name}: the state's step is {step!r}: it must be an int of at least 0")
+    if not isinstance(state["slots"], Mapping) or (set(state["slots"]) != set(slots) and (state["slots"] or step)):
+        found = _listed(state["slots"]) if isinstance(state["slots"], Mapping) else type(state["slots"]).__name__
+        raise ValueError(f"the state has slots {found}, but {name} has {_listed(slots)}: it is of another optimizer")
+    if any(not isinstance(arrays, Mapping) for arrays in state["slots"].values()):
+        raise ValueError(f"{name}: each slot of a state is a dict {{key: array}}")
+    for n, arrays in state["slots"].items():
+        bad = next((key for key, a in arrays.items() if not isinstance(key, str) or not hasattr(a, "shape")), None)
+        if bad is not None:
+            raise ValueError(f"{name}: slot {n!r} has {arrays[bad]!r} for key {bad!r}: it must map str to arrays")
+    if any(set(state["slots"][n]) != set(state["slots"][slots[0]]) for n in state["slots"]):
+        raise ValueError(f"{name}: the slots of this state have different keys")
+    return {"step": int(step), "slots": {n: dict(state["slots"][n]) for n in slots if n in state["slots"]}}
+
+
+def copied_state(state: State) -> State:
+    return copy.deepcopy({k: v for k, v in state.items() if k != "slots"}) | _with_each_slot(copied, state)
+
+
+def on_host(state: State) -> State:
+    """The state with NumPy arrays in the place of CuPy's, which a pickle would forget the GPU of."""
+    return state | _with_each_slot(_on_host, state)
+
+
+def gpus(state: State) -> set[int]:
+    """The GPUs that slots lie on."""
+    slots = [slot for slots in state["slots"].values() for slot in slots.values()]
+    return {slot.data.device_id for slot in slots if namespace_name(slot) == "cupy"}
+
+
+def _on_host(slot: Any) -> Any:
+    if namespace_name(slot) != "cupy":
+        return slot
+    from ..engines.cuda import driver
+
+    return driver.to_host(slot)
+
+
+def _with_each_slot(function: Callable[[Any], Any], state: State) -> State:
+    return {"slots": {name: {key: function(a) for key, a in slots.items()} for name, slots in state["slots"].items()}}
+
+
+def check_same(old: dict[str, dict[str, Any]], new: dict[str, dict[str, Any]]) -> None:
+    """Two sets of slots must have the same keys, shapes and dtypes."""
+    for name in old:
+        if set(old[name]) != set(new.get(name, ())):
+            raise ValueError(
+                f"the state dict has slot {name!r} for {', '.join(sorted(new.get(name, ()))) or 'nothing'}, "
+                f"but this optimizer has it for {', '.join(sorted(old[name]))}: load it into a new optimizer"
+            )
+        for key, a in old[name].items():
+            b = new[name][key]
+            if tuple(a.shape) != tuple(b.shape) or dtype_name(a) != dtype_name(b):
+                raise ValueError(
+                    f"slot {name!r} of {key!r} has shape {tuple(b.shape)} and dtype {dtype_name(b)} in the state dict, "
+                    f"but shape {tuple(a.shape)} and dtype {dtype_name(a)} in this optimizer"
+                )

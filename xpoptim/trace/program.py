@@ -1,0 +1,136 @@
+"""A traced rule: typed nodes over a list of buffers, and the scalar expressions they need.
+
+A `Program` is plain immutable data. The code generators walk it; nothing else does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from .ops import TABLE, Type
+
+
+@dataclass(frozen=True)
+class Node:
+    """``op`` is a row of the table, or one of the leaves: ``buffer`` (value: its index), ``input`` (value: the
+    scalar's name), ``const`` (value: the number), ``spread`` (a scalar node, rounded for array use). In a
+    `BlockProgram` also ``lane`` (value: which of a block's numbers), ``block`` (value: 0 or 1, the low or the high
+    word of the block's index) and ``word`` (value: the name of a word that the caller supplies).
+
+    Nodes are equal if their values are spelled alike: -0.0 is not 0.0, and a NaN is itself."""
+
+    op: str
+    args: tuple[int, ...]
+    type: Type
+    scalar: bool
+    value: float | bool | int | str | None = field(default=None, compare=False)
+    spelling: str = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "spelling", repr(self.value))
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """One array that a kernel walks. ``role``: "param", "grad" or "slot"; ``dtype``: how it is stored."""
+
+    name: str
+    role: str
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Program:
+    """One pass over memory.
+
+    It writes ``stores`` (pairs of buffer and node), or, if ``reduces`` names a node, sums that
+    node's squares in float64 by the tree of `trace.sums`.
+    """
+
+    name: str
+    compute: str  # "float32" or "float64"
+    buffers: tuple[Buffer, ...]
+    inputs: tuple[str, ...]  # float64 scalars the caller supplies, in this order
+    nodes: tuple[Node, ...]
+    stores: tuple[tuple[int, int], ...] = ()
+    reduces: int | None = None
+
+    @cached_property
+    def needed(self) -> tuple[int, ...]:
+        """The nodes that matter, operands before their users."""
+        reduced = {self.reduces} if self.reduces is not None else set()
+        return _reached(self.nodes, {node for _, node in self.stores} | reduced)
+
+    @cached_property
+    def scalars(self) -> tuple[int, ...]:
+        """The scalar nodes that array code reads: one entry of the scalar block each. Constants are not among them."""
+        seen: dict[int, None] = {}
+        for number in self.needed:
+            node = self.nodes[number]
+            if node.op == "spread" and self.nodes[node.args[0]].op != "const":
+                seen.setdefault(node.args[0])
+        return tuple(seen)
+
+    def steps(self, *, scalar: bool) -> Iterator[tuple[int, Node]]:
+        """The needed nodes of the scalar program, or those of the elementwise one."""
+        for number in self.needed:
+            if self.nodes[number].scalar is scalar:
+                yield number, self.nodes[number]
+
+    def __str__(self) -> str:
+        return "\n".join(_listing(self))
+
+
+@dataclass(frozen=True)
+class BlockProgram(Program):
+    """One pass from one array to another of the same kind, or in place, by blocks of four elements.
+
+    A block has an index, from which random words can be drawn. ``lanes`` are the new numbers of a block, in order:
+    four, or eight where an element is a complex number.
+    """
+
+    words: tuple[str, ...] = ()
+    lanes: tuple[int, ...] = ()
+
+    @cached_property
+    def needed(self) -> tuple[int, ...]:
+        return _reached(self.nodes, set(self.lanes))
+
+
+def _reached(nodes: tuple[Node, ...], wanted: set[int]) -> tuple[int, ...]:
+    """The nodes that others are computed from, and these, operands first."""
+    for number in range(len(nodes) - 1, -1, -1):
+        if number in wanted:
+            wanted.update(nodes[number].args)
+    return tuple(sorted(wanted))
+
+
+def _listing(program: Program) -> Iterator[str]:
+    yield f"program {program.name} in {program.compute}"
+    for buffer in program.buffers:
+        yield f"  {buffer.role:6} {buffer.name}: {buffer.dtype}"
+    if any(True for _ in program.steps(scalar=True)):
+        yield "scalars, in float64"
+        yield from (f"  %{i} = {_spell(program, node)}" for i, node in program.steps(scalar=True))
+    yield "for every element"
+    yield from (f"  %{i} = {_spell(program, node)}" for i, node in program.steps(scalar=False))
+    yield from (f"  {program.buffers[b].name} <- %{i}" for b, i in program.stores)
+    if program.reduces is not None:
+        yield f"  sum of squares of %{program.reduces}"
+
+
+def _spell(program: Program, node: Node) -> str:
+    if node.op == "buffer":
+        assert isinstance(node.value, int)
+        return program.buffers[node.value].name
+    if node.op in ("input", "const"):
+        return str(node.value)
+    args = [f"%{i}" for i in node.args]
+    if node.op == "spread":
+        return f"round({args[0]})" if node.type is Type.REAL else args[0]
+    symbol = TABLE[node.op].symbol
+    if symbol and len(args) == 2:
+        return f"{args[0]} {symbol} {args[1]}"
+    return f"{symbol}{args[0]}" if symbol else f"{node.op}({', '.join(args)})"

@@ -277,7 +277,7 @@ def test_threads_at_once(folder):
 @needs_nvrtc
 def test_processes_at_once(folder):
     code = (
-        "import sys; from xpoptim.engines import nvrtc\n"
+        "import sys; from xpoptim.engines.cuda import nvrtc\n"
         "sys.stdin.readline()\n"  # so that all begin together
         "for _ in range(20):\n"
         "    nvrtc._memory.clear()\n"
@@ -416,7 +416,7 @@ def test_bfloat16_where_the_compiler_loads_cupy():
     pytest.importorskip("ml_dtypes")
     code = (
         "import sys, numpy as np\n"
-        "from xpoptim.engines import nvrtc\n"
+        "from xpoptim.engines.cuda import nvrtc\n"
         "assert 'cupy' not in sys.modules\n"
         "nvrtc.version()\n"
         "import ml_dtypes, cupy\n"

@@ -340,7 +340,7 @@ def test_at_exit_a_compilation_in_a_daemon_thread_is_waited_for() -> None:
         """
         import threading, time
         import numpy as np, xpoptim as xo
-        from xpoptim.engines import jit
+        from xpoptim.engines.cpu import jit
         create, begun = jit.llvm.create_mcjit_compiler, threading.Event()
         def slow(*arguments):
             print("begun")

@@ -2435,6 +2435,8 @@ def test_a_masked_array_is_an_error(engine: str) -> None:
     opt = xo.SGD()
     with refused(opt, error=TypeError, names="W masked"):
         opt.update({"W": np.ma.masked_array(np.ones(2), [True, False])}, {"W": np.ones(2)})
+    with refused(opt, error=TypeError, names="W masked"):
+        opt.update({"W": np.ones(2)}, {"W": np.ma.masked_array(np.ones(2), [True, False])})
 
 
 def test_byte_swapped_slots_become_native() -> None:

@@ -211,9 +211,7 @@ def resolve_parameter(leaf: Leaf, *, writing: bool) -> None:
     space = namespace_name(given)
     if space is None:
         _not_a_parameter(leaf)
-    masked = sys.modules.get("numpy.ma")  # NumPy loads it when it is first asked for: nobody has one before that
-    if masked is not None and isinstance(given, masked.MaskedArray):
-        raise TypeError(f"{name} is a masked array, whose mask an update would not heed: pass its .data")
+    _refuse_masked(name, given)
     leaf.space, leaf.dtype = space, dtype_name(given)
     if leaf.dtype not in REAL_DTYPES and leaf.dtype not in COMPLEX_DTYPES:
         _bad_dtype(name, leaf.dtype, REAL_DTYPES + COMPLEX_DTYPES)
@@ -231,6 +229,12 @@ def resolve_parameter(leaf: Leaf, *, writing: bool) -> None:
         )
         if writing and space == "numpy" and not leaf.p.flags.writeable:
             raise ValueError(f"{name} is read-only and cannot be updated in place: pass a writable copy, or use apply")
+
+
+def _refuse_masked(name: str, given: Any) -> None:
+    masked = sys.modules.get("numpy.ma")  # NumPy loads it when it is first asked for: nobody has one before that
+    if masked is not None and isinstance(given, masked.MaskedArray):
+        raise TypeError(f"{name} is a masked array, whose mask an update would not heed: pass its .data")
 
 
 def _not_a_parameter(leaf: Leaf) -> NoReturn:
@@ -276,6 +280,7 @@ def resolve_gradient(leaf: Leaf) -> None:
         raise TypeError(f"{name} is {_kind(g)}: {advice}")
     if space != leaf.space:
         raise TypeError(f"{name} is a {space} array but {of} is a {leaf.space} array: bring both to one namespace")
+    _refuse_masked(name, g)
     leaf.g_dtype = dtype_name(g)
     if leaf.g_dtype in COMPLEX_DTYPES and leaf.dtype not in COMPLEX_DTYPES:
         raise TypeError(f"{name} is complex ({leaf.g_dtype}) but {of} is real ({leaf.dtype}): pass its real part")

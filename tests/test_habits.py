@@ -111,6 +111,30 @@ def test_a_schedule_may_hold_what_it_likes() -> None:
     assert params[0][0] == 0.5
 
 
+class Table(dict[int, float]):
+    def __call__(self, step: int) -> float:
+        return self[step]
+
+
+class Steps(list[float]):
+    def __call__(self, step: int) -> float:
+        return list(self)[step]
+
+
+class Values(np.ndarray):
+    def __call__(self, step: int) -> float:
+        return float(self[step])
+
+
+@pytest.mark.parametrize(
+    "schedule", [Table({0: 0.5}), Steps([0.5]), np.array([0.5, 0.25]).view(Values)], ids=lambda x: type(x).__name__
+)
+def test_a_schedule_may_be_a_container(schedule: Any) -> None:
+    params = [np.ones(1)]
+    xo.SGD(schedule).update(params, [np.ones(1)])
+    assert params[0][0] == 0.5
+
+
 # ---- Names ------------------------------------------------------------------------------------------------------
 
 KEYWORDS = [

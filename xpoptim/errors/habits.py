@@ -45,7 +45,8 @@ def keyword(name: str, known: Iterable[str]) -> str:
 def refuse_parameters(owner: str, field: str, first: Any) -> None:
     """An error if an optimizer's first argument is the parameters, which other libraries' optimizers take there."""
     containers = Mapping | list | tuple | Set | Iterator | ValuesView  # other views of dicts are sets
-    if isinstance(first, containers) or getattr(first, "shape", None) or _model(first):
+    given = not callable(first) and (isinstance(first, containers) or getattr(first, "shape", None))
+    if given or _model(first):
         raise TypeError(
             f"{owner} takes no parameters, they are given to every step: "
             f"write opt = {owner}({field}), then opt.update(params, grads)"

@@ -1,5 +1,6 @@
 """The contract of an optimizer: containers, in-place updates, errors, state, engines, rules of a user's own."""
 
+import contextvars
 import copy
 import gc
 import math
@@ -10,6 +11,7 @@ import sys
 import tracemalloc
 import weakref
 from collections import OrderedDict, defaultdict
+from collections.abc import Iterator
 from typing import Any, ClassVar
 from unittest import mock
 
@@ -35,6 +37,7 @@ from helpers import (
 
 import xpoptim as xo
 from xpoptim import optimizer
+from xpoptim.engines import selection
 
 MISSING = (KeyError, ValueError)  # what a missing gradient raises
 ENGINES = ("reference", "auto")
@@ -1697,6 +1700,53 @@ def test_engine_contexts() -> None:
     assert params["p"].tolist() == [-2.0, -2.0]
     with pytest.raises(ValueError, match="turbo"), xo.engine("turbo"):
         pass
+
+
+class Interrupted:
+    """A context variable; Ctrl-C comes right after it was set."""
+
+    def __init__(self, variable: Any) -> None:
+        self.variable, self.interrupts = variable, True
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.variable, name)
+
+    def set(self, value: Any) -> Any:
+        token, interrupts = self.variable.set(value), self.interrupts
+        self.interrupts = False
+        if interrupts:
+            raise KeyboardInterrupt
+        return token
+
+
+def test_an_engine_does_not_outlast_an_interrupt(monkeypatch: pytest.MonkeyPatch) -> None:
+    for outer in ("auto", "fused"):
+        with xo.engine(outer):
+            with monkeypatch.context() as patch:
+                patch.setattr(selection, "_chosen", Interrupted(selection._chosen))
+                with pytest.raises(KeyboardInterrupt), xo.engine("reference"):
+                    pass
+                assert selection.selected() == outer
+            assert selection.selected() == outer
+    assert selection._chosen.get() is None
+
+
+def test_an_engine_that_is_left_in_another_context() -> None:
+    """A generator may be closed elsewhere than it was started: neither an error nor a change there."""
+
+    def steps() -> Iterator[str]:
+        with xo.engine("reference"):
+            yield selection.selected()
+
+    for inside in (False, True):
+        generator = steps()
+        assert contextvars.copy_context().run(next, generator) == "reference"
+        with xo.engine("fused"):
+            if inside:
+                generator.close()
+            assert selection.selected() == "fused"
+        generator.close()
+        assert selection._chosen.get() is None
 
 
 def test_changing_the_engine_between_steps_changes_nothing() -> None:

@@ -50,8 +50,16 @@ def engine(name: str) -> AbstractContextManager[None]:
 
 @contextmanager
 def _engine(name: str) -> Iterator[None]:
-    token = _chosen.set(name)
+    # A signal handler may raise after any call: before the token is stored, hence `before`, or within `suppress`.
+    before, token = _chosen.get(), None
     try:
+        token = _chosen.set(name)
         yield
     finally:
-        _chosen.reset(token)
+        if token is None:
+            _chosen.set(before)
+        else:
+            try:  # noqa: SIM105
+                _chosen.reset(token)
+            except ValueError:  # in another context, where a generator was closed: nothing was chosen there
+                pass

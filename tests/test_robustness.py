@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import os
 import pickle
 import signal
@@ -16,6 +17,7 @@ import pytest
 from helpers import assert_same_bits, refused
 
 import xpoptim as xo
+from xpoptim import optimizer
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -502,3 +504,24 @@ def test_what_a_signal_handler_assigns_is_not_lost() -> None:
     home = params[0].copy()
     opt.update(params, grads)
     assert (home - params[0] == 2.0).all()
+
+
+@pytest.mark.parametrize("where", ["before", "within"])
+def test_an_optimizer_that_was_never_finished_goes_in_silence(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C, or an error in a subclass, while it is made: that is all that is reported."""
+
+    def interrupt(*args: Any, **kwargs: Any) -> Any:
+        if where == "before":
+            object.__new__(xo.SGD)
+        raise KeyboardInterrupt
+
+    class Mine(xo.SGD):
+        __new__ = interrupt
+
+    unraisable: list[Any] = []
+    monkeypatch.setattr(sys, "unraisablehook", unraisable.append)
+    monkeypatch.setattr(optimizer, "Turns", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        (Mine if where == "before" else xo.SGD)()
+    gc.collect()
+    assert not unraisable

@@ -354,8 +354,9 @@ class Optimizer:
         return f"{type(self).__name__}({', '.join(parts)})"
 
     def __del__(self) -> None:
-        if not sys.is_finalizing():
-            self._turns.release()
+        turns = self.__dict__.get("_turns")  # not there if `__new__` did not come to its end
+        if turns is not None and not sys.is_finalizing():
+            turns.release()
 
     @exclusive
     def __getstate__(self) -> dict[str, Any]:

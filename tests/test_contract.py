@@ -11,8 +11,8 @@ import sys
 import tracemalloc
 import weakref
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterator
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar, NamedTuple
 from unittest import mock
 
 import array_api_strict
@@ -242,6 +242,51 @@ def test_an_empty_container_has_gradients_nested_alike(engine: str) -> None:
         opt.update(layers, grads)
     assert layers[1][0].tolist() == [0.0, 0.0]
     assert layers[3]["b"] == 0.0
+
+
+class Pair(NamedTuple):
+    first: Any
+    second: Any
+
+
+NESTS: dict[str, Callable[[Any, Any], Any]] = {
+    "dict": lambda inner, leaf: {"a": inner, "W": leaf},
+    "list": lambda inner, leaf: [inner, leaf],
+    "tuple": lambda inner, leaf: (inner, leaf),
+    "NamedTuple": Pair,
+    "bare": lambda inner, leaf: {"bare": {}, "a": inner},
+}
+
+
+@pytest.mark.parametrize("kind", NESTS)
+def test_containers_may_be_nested_to_any_depth(engine: str, kind: str) -> None:
+    """Deeper than Python calls functions."""
+    depth = 3000
+
+    def nested(value: float) -> tuple[Any, list[Any]]:
+        tree: Any = np.full(2, value)
+        arrays = [tree]
+        for level in range(depth):
+            leaf: Any = {} if level % 500 or kind == "bare" else np.full(2, value)
+            arrays += [leaf] if len(leaf) else []
+            tree = NESTS[kind](tree, leaf)
+        return tree, arrays
+
+    opt = xo.Momentum(lr=1.0, momentum=0.5)
+    params, arrays = nested(0.0)
+    grads, _ = nested(1.0)
+    state = opt.init(params)
+    new, state = opt.apply(params, grads, state)
+    new, state = opt.apply(new, grads, state)
+    for expected in (-1.0, -2.5, -4.25):
+        opt.update(params, grads)
+        assert all((array == expected).all() for array in arrays)
+    assert len(opt.explain(params, grads)) == len(opt.explain(params)) == len(arrays)
+    assert (state["step"], len(state["slots"]["v"])) == (2, len(arrays))
+    for _ in range(depth):
+        assert type(new) is type(params)
+        new, params = (tree["a"] if isinstance(tree, dict) else tree[0] for tree in (new, params))
+    assert new.tolist() == [-2.5, -2.5]
 
 
 def endless(kind: str) -> tuple[Any, Any, str]:

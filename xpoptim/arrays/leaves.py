@@ -7,10 +7,11 @@ path joined by dots, ``"encoder.0.W"``; a lone array's key is ``"param"``.
 from __future__ import annotations
 
 import numbers
+import operator
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from .dtypes import COMPLEX_DTYPES, REAL_DTYPES
 from .namespaces import detached, device_of, dtype_name, namespace, namespace_name
 
 _LONE = "param"
+_CONTAINERS = (dict, list, tuple)
 
 
 @dataclass(slots=True)
@@ -57,7 +59,7 @@ def pairs(params: Any, grads: Any) -> list[Leaf]:
     Raises ``ValueError`` for a missing gradient, lists of unequal length, two paths with one key, or a container that
     contains itself; ``TypeError`` where ``params`` and ``grads`` are nested differently.
     """
-    leaves = list(_walk(params, grads, (), (), None))
+    leaves = list(_walk(params, grads))
     seen: set[str] = set()
     for leaf in leaves:
         if leaf.key in seen:
@@ -71,30 +73,50 @@ def pairs(params: Any, grads: Any) -> list[Leaf]:
 ABSENT = object()  # in place of `grads` where there are none, as in `init`
 
 
-def _walk(params: Any, grads: Any, path: tuple[str, ...], above: tuple[Any, ...], index: Any) -> Iterator[Leaf]:
-    """``above`` are the containers along the path, the outermost first."""
-    if not isinstance(params, dict | list | tuple):
-        yield Leaf(".".join(path) or _LONE, params, above[-1] if above else None, index, g=grads)
+def _walk(params: Any, grads: Any) -> Iterator[Leaf]:
+    """Depth first, and without recursion: containers may be nested deeper than Python lets calls be."""
+    if not isinstance(params, _CONTAINERS):
+        yield Leaf(_LONE, params, None, None, g=grads)
         return
-    _refuse_circle(params, path, above)
-    _nested_alike(params, grads, path)
-    for key, value in params.items() if isinstance(params, dict) else enumerate(params):
-        if isinstance(value, dict | list | tuple) and not value:
-            continue  # a layer without parameters needs no gradients
-        inner = (*path, str(key))
-        yield from _walk(value, _gradient_of(grads, key, inner), inner, (*above, params), key)
+    _nested_alike(params, grads, [])
+    path: list[str] = []
+    above = {id(params): 0}  # the containers along the path, and how deep they are
+    unfinished = [(params, grads, _entries(params))]
+    while unfinished:
+        home, beside, entries = unfinished[-1]
+        for key, value in entries:
+            inner = isinstance(value, _CONTAINERS)
+            if inner and not value:
+                continue  # a layer without parameters needs no gradients
+            path.append(str(key))
+            g = _gradient_of(beside, key, path)
+            if inner:
+                _refuse_circle(value, path, above)
+                _nested_alike(value, g, path)
+                above[id(value)] = len(path)
+                unfinished.append((value, g, _entries(value)))
+                break
+            yield Leaf(".".join(path), value, home, key, g=g)
+            path.pop()
+        else:
+            unfinished.pop()
+            del above[id(home)], path[-1:]
 
 
-def _refuse_circle(container: Any, path: tuple[str, ...], above: tuple[Any, ...]) -> None:
-    for depth, outer in enumerate(above):
-        if container is outer:
-            raise ValueError(
-                f"{where('params', path)} is {where('params', path[:depth])} again: a container that contains itself "
-                "has no end; leave that entry out"
-            )
+def _entries(container: Any) -> Iterator[tuple[Any, Any]]:
+    return iter(container.items() if isinstance(container, dict) else enumerate(container))
 
 
-def _nested_alike(params: Any, grads: Any, path: tuple[str, ...]) -> None:
+def _refuse_circle(container: Any, path: list[str], above: dict[int, int]) -> None:
+    depth = above.get(id(container))
+    if depth is not None:
+        raise ValueError(
+            f"{where('params', path)} is {where('params', path[:depth])} again: a container that contains itself "
+            "has no end; leave that entry out"
+        )
+
+
+def _nested_alike(params: Any, grads: Any, path: list[str]) -> None:
     if grads is ABSENT:
         return
     if not isinstance(grads, dict if isinstance(params, dict) else list | tuple):
@@ -109,7 +131,7 @@ def _nested_alike(params: Any, grads: Any, path: tuple[str, ...]) -> None:
         )
 
 
-def _gradient_of(grads: Any, key: Any, path: tuple[str, ...]) -> Any:
+def _gradient_of(grads: Any, key: Any, path: list[str]) -> Any:
     if grads is ABSENT:
         return grads
     if isinstance(grads, dict) and key not in grads:
@@ -121,7 +143,7 @@ def _gradient_of(grads: Any, key: Any, path: tuple[str, ...]) -> Any:
     return grads[key]
 
 
-def where(tree: str, path: tuple[str, ...]) -> str:
+def where(tree: str, path: list[str]) -> str:
     """How errors spell a place: ``grads['W1']``, or ``grads`` itself."""
     return f"{tree}[{'.'.join(path)!r}]" if path else tree
 
@@ -135,58 +157,102 @@ def _kind(x: Any) -> str:
 
 def rebuilt(params: Any, values: Iterator[Any]) -> Any:
     """A container like ``params`` with the next value in the place of each leaf."""
-    if isinstance(params, dict):
-        copy = params.copy()
-        for key, value in params.items():
-            copy[key] = rebuilt(value, values)
+    whole: list[Any] = []
+    # Containers, what is left of their entries, and their new ones.
+    unfinished: list[tuple[Any, Iterator[Any], list[Any]]] = [(None, iter([params]), whole)]
+    while unfinished:
+        container, entries, made = unfinished[-1]
+        for value in entries:
+            if isinstance(value, _CONTAINERS):
+                unfinished.append((value, iter(value.values() if isinstance(value, dict) else value), []))
+                break
+            made.append(next(values))
+        else:
+            unfinished.pop()
+            if unfinished:
+                unfinished[-1][2].append(_like(container, made))
+    return whole[0]
+
+
+def _like(container: Any, entries: list[Any]) -> Any:
+    if isinstance(container, dict):
+        copy = container.copy()
+        for key, value in zip(container, entries, strict=True):
+            copy[key] = value
         return copy
-    if isinstance(params, tuple) and hasattr(params, "_fields"):
-        return type(params)(*(rebuilt(value, values) for value in params))
-    if isinstance(params, list | tuple):
-        return type(params)(rebuilt(value, values) for value in params)
-    return next(values)
+    if isinstance(container, tuple) and hasattr(container, "_fields"):
+        return type(container)(*entries)
+    return type(container)(entries)
 
 
-# How a container is nested: None for a leaf; for a list or tuple the skeletons of its entries; for a dict its keys with
-# theirs, and with None instead if all are leaves.
-Skeleton = tuple[Any, ...] | None
+class Skeleton(NamedTuple):
+    """How a container is nested. To unfold it is to list it, and behind it the entries of each container in that list.
+
+    ``containers`` are their places in the list, each with the keys of a dict or None, and the number of entries;
+    ``leaves`` takes the leaves out of the list, in their order. ``flat``: they are the entries of the only container.
+    """
+
+    containers: list[tuple[int, list[Any] | None, int]]
+    leaves: Callable[[list[Any]], Any]
+    flat: bool
 
 
 def skeleton(tree: Any) -> Skeleton:
-    """How a container is nested."""
-    if isinstance(tree, dict):
-        entries = [skeleton(value) for value in tree.values()]
-        return ("dict", list(tree), None if all(entry is None for entry in entries) else entries)
-    if isinstance(tree, list | tuple):
-        entries = [skeleton(value) for value in tree]
-        return ("list", len(tree), None if all(entry is None for entry in entries) else entries)
-    return None
+    """How a container is nested, or a lone leaf."""
+    containers: list[tuple[int, list[Any] | None, int]] = []
+    places: list[int] = []
+    length = 1
+    unfinished: list[tuple[Any, Iterator[tuple[int, Any]]]] = [(None, iter([(0, tree)]))]
+    above = set()  # a schedule can have made a circle of what was none: then it will not be met alike
+    while unfinished:
+        container, entries = unfinished[-1]
+        for place, value in entries:
+            if isinstance(value, _CONTAINERS) and id(value) not in above:
+                keys, inner = (list(value), list(value.values())) if isinstance(value, dict) else (None, list(value))
+                containers.append((place, keys, len(inner)))
+                unfinished.append((value, enumerate(inner, length)))
+                above.add(id(value))
+                length += len(inner)
+                break
+            places.append(place)
+        else:
+            unfinished.pop()
+            above.discard(id(container))
+    start, stop = (places[0], places[-1] + 1) if places else (0, 0)
+    in_a_row = places == list(range(start, stop))
+    taken = operator.itemgetter(slice(start, stop)) if in_a_row else operator.itemgetter(*places)
+    return Skeleton(containers, taken, len(containers) == 1 and len(places) == length - 1)
 
 
 def gather(tree: Any, shape: Skeleton, leaves: list[Any], *, exact: bool = False) -> bool:
     """Append the leaves of a container nested in this way; False if it is not. ``exact``: it has no further keys."""
-    if shape is None:
+    if not shape.containers:
         leaves.append(tree)
         return True
-    kind, keys, entries = shape
-    if kind == "dict":
-        if not isinstance(tree, dict) or (exact and len(tree) != len(keys)):
+    unfolded = [tree]
+    for place, keys, length in shape.containers:
+        container = unfolded[place]
+        if keys is None:
+            if not isinstance(container, list | tuple):
+                return False
+            entries = list(container)
+        elif not isinstance(container, dict) or (exact and len(container) != length):
             return False
-        if len(tree) == len(keys) and list(tree) == keys:
-            values = list(tree.values())
+        elif len(container) == length and list(container) == keys:
+            entries = list(container.values())
         else:
             try:
-                values = [tree[key] for key in keys]
+                entries = [container[key] for key in keys]
             except KeyError:
                 return False
-    elif not isinstance(tree, list | tuple) or len(tree) != keys:
-        return False
-    else:
-        values = list(tree)
-    if entries is None:
-        leaves += values
-        return True
-    return all(gather(value, entry, leaves, exact=exact) for value, entry in zip(values, entries, strict=True))
+        if len(entries) != length:
+            return False
+        if shape.flat:
+            leaves += entries
+            return True
+        unfolded += entries
+    leaves += shape.leaves(unfolded)
+    return True
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ from helpers import (
 
 import xpoptim as xo
 from xpoptim import optimizer
-from xpoptim.engines import selection
+from xpoptim.engines import scan, selection
 
 MISSING = (KeyError, ValueError)  # what a missing gradient raises
 ENGINES = ("reference", "auto")
@@ -244,6 +244,70 @@ def test_an_empty_container_has_gradients_nested_alike(engine: str) -> None:
     assert layers[3]["b"] == 0.0
 
 
+BARE: list[Any] = [{"b": {}}, {"b": {"c": [], "d": ({}, [])}}, [{}, [()]], ({"a": ({},)},)]
+
+
+@pytest.mark.parametrize("bare", BARE, ids=str)
+def test_a_container_of_nothing_but_empty_ones_needs_no_gradients(engine: str, bare: Any) -> None:
+    """In a list something has to keep its place, whatever it is."""
+    w, g = np.ones(2), np.ones(2)
+    cases: list[tuple[Any, Any]] = [
+        ({"a": bare, "W": w}, {"W": g}),
+        ({"a": bare, "W": w}, {"a": None, "W": g}),
+        ({"a": bare, "W": w}, {"a": bare, "W": g, "more": g}),
+        ([bare, w], [None, g]),
+        ([[bare, {"W": w, "a": bare}], bare], [[5.0, {"W": g}], [1.0]]),
+        (({"a": bare, "b": [w]},), ({"b": [g]},)),
+    ]
+    for params, grads in cases:
+        opt = xo.Momentum(lr=1.0, momentum=0.0)
+        w[...] = 1.0
+        for step in range(3):
+            opt.update(params, grads)
+            assert w.tolist() == [-step, -step]
+        assert len(opt.explain(params, grads)) == len(opt.explain(params)) == 1
+        new, state = params, opt.init(params)
+        for _ in range(2):
+            new, state = opt.apply(new, grads, state)
+        opt.update(params, grads)
+        opt.update(params, grads)
+        assert (state["step"], frozen_values(new)) == (2, frozen_values(params))
+
+
+@pytest.mark.skipif(not scan.available(), reason="NumPy's layout in memory is not known here")
+@pytest.mark.parametrize("bare", BARE, ids=str)
+def test_containers_of_nothing_do_not_hold_up_later_steps(bare: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A later step starts from the one before, whether the gradients have them or not."""
+    opt, params = xo.SGD(lr=1.0), {"a": bare, "net": [bare, {"W": np.ones(2)}]}
+    opt.update(params, {"net": [None, {"W": np.ones(2)}]})
+    with monkeypatch.context() as patch:
+        patch.setattr(optimizer, "pairs", None)
+        for grads in ({"net": [None, {"W": np.ones(2)}]}, {"a": bare, "net": [bare, {"W": np.ones(2)}]}):
+            opt.update(params, grads)
+    assert params["net"][1]["W"].tolist() == [-2.0, -2.0]
+
+
+def test_what_comes_into_a_container_of_nothing_is_seen(engine: str) -> None:
+    opt, params = xo.SGD(lr=1.0), {"a": {"b": {}, "c": []}, "W": np.ones(2)}
+    grads = {"W": np.ones(2)}
+    for _ in range(2):
+        opt.update(params, grads)
+    params["a"]["b"]["x"] = np.ones(2)  # type: ignore[index, call-overload]
+    with refused(opt, params, error=ValueError) as info:
+        opt.update(params, grads)
+    assert str(info.value).startswith("grads['a'] is missing (gradients there: W)")
+    with refused(opt, params, error=TypeError, names="params['a.b'] dict grads['a.b'] list"):
+        opt.update(params, {"a": {"b": []}, **grads})
+    with refused(opt, params, error=ValueError, names="new: a.b.x"):
+        opt.update(params, {"a": {"b": {"x": np.ones(2)}}, **grads})
+    del params["a"]["b"]["x"]  # type: ignore[index, call-overload]
+    opt.update(params, grads)
+    params["a"]["b"]["b"] = params["a"]  # type: ignore[index, call-overload]
+    with refused(opt, error=ValueError) as info:
+        opt.update(params, grads)
+    assert "params['a.b.b'] is params['a'] again" in str(info.value)
+
+
 class Pair(NamedTuple):
     first: Any
     second: Any
@@ -254,7 +318,7 @@ NESTS: dict[str, Callable[[Any, Any], Any]] = {
     "list": lambda inner, leaf: [inner, leaf],
     "tuple": lambda inner, leaf: (inner, leaf),
     "NamedTuple": Pair,
-    "bare": lambda inner, leaf: {"bare": {}, "a": inner},
+    "bare": lambda inner, leaf: {"bare": [{}], "a": inner},
 }
 
 
@@ -347,6 +411,28 @@ def test_a_container_that_contains_itself_at_a_later_step(engine: str) -> None:
     grads["net"] = grads
     with refused(opt, params, error=TypeError, names="grads['net.net'] dict"):
         opt.update(params, grads)
+
+
+@pytest.mark.parametrize("change", ["circle", "nothing left"])
+def test_a_schedule_that_changes_the_containers(engine: str, change: str) -> None:
+    """The step is that over the parameters which were there when it began."""
+    array = np.ones(2)
+    params: Any = {"net": {"W": array}, "b": [{}]}
+
+    def schedule(step: int) -> float:
+        if change == "circle":
+            params["net"]["net"] = params["net"]
+        else:
+            params["net"].clear()
+        return 1.0
+
+    opt = xo.Momentum(lr=schedule)
+    opt.update(params, {"net": {"W": np.ones(2)}})
+    assert array.tolist() == [0.0, 0.0]
+    with refused(opt, array, error=ValueError) as info:
+        opt.update(params, {"net": {"W": np.ones(2)}})
+    words = {"circle": "params['net.net'] is params['net'] again", "nothing left": "missing: net.W"}
+    assert words[change] in str(info.value)
 
 
 def test_gradients_that_contain_themselves(engine: str) -> None:

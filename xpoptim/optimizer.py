@@ -444,8 +444,8 @@ class Optimizer:
             floats, NumPy scalars and JAX arrays are replaced in their dict or list. An empty container is fine: the
             step is one over nothing, and counts.
         grads : the same
-            One gradient for each parameter; None leaves it and its slots as they are. Never modified or kept. An
-            empty container among the parameters needs none.
+            One gradient for each parameter; None leaves it and its slots as they are. Never modified or kept. A
+            container among the parameters that holds nothing, or nothing but such ones, needs none.
 
         Raises
         ------

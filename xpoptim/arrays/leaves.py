@@ -78,24 +78,30 @@ def _walk(params: Any, grads: Any) -> Iterator[Leaf]:
     if not isinstance(params, _CONTAINERS):
         yield Leaf(_LONE, params, None, None, g=grads)
         return
-    _nested_alike(params, grads, [])
+    wrong = _nested_otherwise(params, grads, [])
+    if wrong is not None:
+        raise wrong
     path: list[str] = []
     above = {id(params): 0}  # the containers along the path, and how deep they are
-    unfinished = [(params, grads, _entries(params))]
+    unfinished: list[tuple[Any, Any, Exception | None, Any]] = [(params, grads, None, _entries(params))]
     while unfinished:
-        home, beside, entries = unfinished[-1]
+        home, beside, wrong, entries = unfinished[-1]
         for key, value in entries:
             inner = isinstance(value, _CONTAINERS)
             if inner and not value:
-                continue  # a layer without parameters needs no gradients
+                continue
             path.append(str(key))
-            g = _gradient_of(beside, key, path)
+            here = wrong or _missing(beside, key, path)
+            g = ABSENT if here is not None or beside is ABSENT else beside[key]
             if inner:
                 _refuse_circle(value, path, above)
-                _nested_alike(value, g, path)
+                # What is wrong with the gradients of a container is an error once there is a parameter in it.
+                here = here or _nested_otherwise(value, g, path)
                 above[id(value)] = len(path)
-                unfinished.append((value, g, _entries(value)))
+                unfinished.append((value, g, here, _entries(value)))
                 break
+            if here is not None:
+                raise here
             yield Leaf(".".join(path), value, home, key, g=g)
             path.pop()
         else:
@@ -116,31 +122,30 @@ def _refuse_circle(container: Any, path: list[str], above: dict[int, int]) -> No
         )
 
 
-def _nested_alike(params: Any, grads: Any, path: list[str]) -> None:
+def _nested_otherwise(params: Any, grads: Any, path: list[str]) -> Exception | None:
     if grads is ABSENT:
-        return
+        return None
     if not isinstance(grads, dict if isinstance(params, dict) else list | tuple):
-        raise TypeError(
+        return TypeError(
             f"{where('params', path)} is {_kind(params)} but {where('grads', path)} is {_kind(grads)}: "
             f"{habits.instead(grads) or 'nest them alike'}"
         )
     if not isinstance(params, dict) and len(grads) != len(params):
-        raise ValueError(
+        return ValueError(
             f"{where('grads', path)} has {len(grads)} entries but {where('params', path)} has {len(params)}: "
             "they must have equal length (None stands for no gradient)"
         )
+    return None
 
 
-def _gradient_of(grads: Any, key: Any, path: list[str]) -> Any:
-    if grads is ABSENT:
-        return grads
-    if isinstance(grads, dict) and key not in grads:
-        known = ", ".join(map(str, grads)) or "none"
-        raise ValueError(
-            f"{where('grads', path)} is missing (gradients there: {known}): "
-            "give every parameter a gradient, or None to leave it as it is"
-        )
-    return grads[key]
+def _missing(grads: Any, key: Any, path: list[str]) -> Exception | None:
+    if grads is ABSENT or not isinstance(grads, dict) or key in grads:
+        return None
+    known = ", ".join(map(str, grads)) or "none"
+    return ValueError(
+        f"{where('grads', path)} is missing (gradients there: {known}): "
+        "give every parameter a gradient, or None to leave it as it is"
+    )
 
 
 def where(tree: str, path: list[str]) -> str:
@@ -186,7 +191,14 @@ def _like(container: Any, entries: list[Any]) -> Any:
 
 
 class Skeleton(NamedTuple):
-    """How a container is nested. To unfold it is to list it, and behind it the entries of each container in that list.
+    """How parameters and gradients are nested: the latter may lack containers that hold no parameter."""
+
+    params: _Nesting
+    grads: _Nesting
+
+
+class _Nesting(NamedTuple):
+    """To unfold a container is to list it, and behind it the entries of each container in that list.
 
     ``containers`` are their places in the list, each with the keys of a dict or None, and the number of entries;
     ``leaves`` takes the leaves out of the list, in their order. ``flat``: they are the entries of the only container.
@@ -197,20 +209,32 @@ class Skeleton(NamedTuple):
     flat: bool
 
 
-def skeleton(tree: Any) -> Skeleton:
-    """How a container is nested, or a lone leaf."""
+def skeleton(params: Any) -> Skeleton:
+    """How parameters are nested, and gradients have to be."""
+    whole, bare = _nesting(params, {})
+    return Skeleton(whole, _nesting(params, bare)[0] if bare else whole)
+
+
+def _nesting(tree: Any, without: dict[int, Any]) -> tuple[_Nesting, dict[int, Any]]:
+    """How a container is nested, and those within it, by their `id`, that hold no leaf. ``without`` are left out."""
     containers: list[tuple[int, list[Any] | None, int]] = []
     places: list[int] = []
+    bare: dict[int, Any] = {}
     length = 1
-    unfinished: list[tuple[Any, Iterator[tuple[int, Any]]]] = [(None, iter([(0, tree)]))]
+    unfinished: list[tuple[Any, Iterator[tuple[int, Any]], int]] = [(None, iter([(0, tree)]), 0)]
     above = set()  # a schedule can have made a circle of what was none: then it will not be met alike
     while unfinished:
-        container, entries = unfinished[-1]
+        container, entries, before = unfinished[-1]
         for place, value in entries:
+            if id(value) in without:
+                continue
             if isinstance(value, _CONTAINERS) and id(value) not in above:
                 keys, inner = (list(value), list(value.values())) if isinstance(value, dict) else (None, list(value))
+                if without and keys is not None:
+                    keys = [key for key, entry in zip(keys, inner, strict=True) if id(entry) not in without]
+                    inner = [entry for entry in inner if id(entry) not in without]
                 containers.append((place, keys, len(inner)))
-                unfinished.append((value, enumerate(inner, length)))
+                unfinished.append((value, enumerate(inner, length), len(places)))
                 above.add(id(value))
                 length += len(inner)
                 break
@@ -218,19 +242,22 @@ def skeleton(tree: Any) -> Skeleton:
         else:
             unfinished.pop()
             above.discard(id(container))
+            if len(places) == before and len(unfinished) > 1:
+                bare[id(container)] = container
     start, stop = (places[0], places[-1] + 1) if places else (0, 0)
     in_a_row = places == list(range(start, stop))
     taken = operator.itemgetter(slice(start, stop)) if in_a_row else operator.itemgetter(*places)
-    return Skeleton(containers, taken, len(containers) == 1 and len(places) == length - 1)
+    return _Nesting(containers, taken, len(containers) == 1 and len(places) == length - 1), bare
 
 
 def gather(tree: Any, shape: Skeleton, leaves: list[Any], *, exact: bool = False) -> bool:
-    """Append the leaves of a container nested in this way; False if it is not. ``exact``: it has no further keys."""
-    if not shape.containers:
+    """Append the leaves of a container nested in this way; False if it is not. ``exact``: in this way and no other."""
+    nesting = shape.params if exact else shape.grads
+    if not nesting.containers:
         leaves.append(tree)
         return True
     unfolded = [tree]
-    for place, keys, length in shape.containers:
+    for place, keys, length in nesting.containers:
         container = unfolded[place]
         if keys is None:
             if not isinstance(container, list | tuple):
@@ -247,11 +274,11 @@ def gather(tree: Any, shape: Skeleton, leaves: list[Any], *, exact: bool = False
                 return False
         if len(entries) != length:
             return False
-        if shape.flat:
+        if nesting.flat:
             leaves += entries
             return True
         unfolded += entries
-    leaves += shape.leaves(unfolded)
+    leaves += nesting.leaves(unfolded)
     return True
 
 

@@ -137,8 +137,12 @@ def test_kinds_of_dict(engine: str, kind: Any) -> None:
     assert params["x"] == 0.0
 
 
-def test_a_defaultdict_of_gradients_is_not_filled(engine: str) -> None:
-    opt, params = xo.SGD(), {"a": np.ones(2), "b": np.ones(2)}
+@pytest.mark.parametrize("options", [{}, {"clip_norm": 9.0}], ids=["plain", "norm"])
+@pytest.mark.parametrize("later", [False, True])
+def test_a_defaultdict_of_gradients_is_not_filled(engine: str, later: bool, options: dict[str, Any]) -> None:
+    opt, params = xo.SGD(**options), {"a": np.ones(2), "b": np.ones(2)}
+    if later:
+        opt.update(params, {"a": np.ones(2), "b": np.ones(2)})
     grads = defaultdict(lambda: np.ones(2), {"a": np.ones(2)})
     with refused(opt, params, error=MISSING, names="b"):
         opt.update(params, grads)

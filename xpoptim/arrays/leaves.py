@@ -267,11 +267,8 @@ def gather(tree: Any, shape: Skeleton, leaves: list[Any], *, exact: bool = False
             return False
         elif len(container) == length and list(container) == keys:
             entries = list(container.values())
-        else:
-            try:
-                entries = [container[key] for key in keys]
-            except KeyError:
-                return False
+        else:  # to ask a defaultdict for what it lacks would fill it
+            entries = [container[key] for key in keys if key in container]
         if len(entries) != length:
             return False
         if nesting.flat:

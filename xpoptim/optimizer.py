@@ -85,7 +85,8 @@ class Optimizer:
         L2 decay, added to the gradient, or, if ``decoupled``, ``p *= 1 - lr*weight_decay`` ahead of the rule.
     clip_norm : float or schedule, optional
         Scale all gradients by ``min(1, clip_norm/norm)``, with their global L2 norm. A non-finite norm raises
-        ``FloatingPointError`` before anything is written. ``float("inf")`` only checks.
+        ``FloatingPointError`` before anything is written; so does one beyond about 1.3e154, whose square overflows
+        float64, though all gradients are finite. ``float("inf")`` checks that much and never scales.
     clip_value : float or schedule, optional
         Clamp every gradient element (each part of a complex one) into ``[-clip_value, clip_value]``.
     maximize : bool, default False

@@ -1324,6 +1324,34 @@ def test_bad_hyperparameters(name: str, field: str) -> None:
         assert getattr(opt, field) == RULES[name][field]
 
 
+class Unconvertible:
+    def __float__(self) -> float:
+        raise ValueError("no number in here")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        np.timedelta64(1, "s"),
+        np.timedelta64(1),
+        np.datetime64("2024-01-01"),
+        np.array(1, "m8[s]"),
+        np.void(b"ab"),
+        Unconvertible(),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_is_no_number_is_told_so(value: Any) -> None:
+    """Also where the conversion itself would say something."""
+    for call in (lambda: xo.SGD(value), lambda: setattr(xo.SGD(), "lr", value)):
+        with pytest.raises(TypeError, match=r"^SGD: lr is .*: it takes a number, or a schedule"):
+            call()
+    opt = xo.SGD(lambda step: value)
+    with refused(opt, error=TypeError) as info:
+        opt.update([np.ones(2)], [np.ones(2)])
+    assert "SGD: lr (its schedule at step 0) is " in str(info.value)
+
+
 def test_an_integer_beyond_the_floats_as_a_hyperparameter() -> None:
     with pytest.raises(ValueError, match="lr"):
         xo.SGD(lr=10**400)

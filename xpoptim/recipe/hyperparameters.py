@@ -32,12 +32,15 @@ def checked(owner: str, name: str, value: Any, *, static: bool = False, optional
 def as_float(owner: str, name: str, value: Any) -> float:
     kind = getattr(getattr(value, "dtype", None), "kind", "f")
     text = isinstance(value, bool | np.bool_ | str | bytes | complex)
-    if text or kind in "cbOSU" or getattr(value, "ndim", 0) != 0 or not hasattr(type(value), "__float__"):
-        raise TypeError(f"{owner}: {name} is {value!r}: it takes a number, or a schedule (a function step -> float)")
+    number = not text and kind not in "cbOSUmM" and getattr(value, "ndim", 0) == 0 and hasattr(type(value), "__float__")
     try:
-        return float(value)
+        if number:
+            return float(value)
     except OverflowError:
         raise ValueError(f"{owner}: {name} is an integer beyond the floats") from None
+    except (TypeError, ValueError):
+        pass  # it has a conversion, which refuses
+    raise TypeError(f"{owner}: {name} is {value!r}: it takes a number, or a schedule (a function step -> float)")
 
 
 def in_range(owner: str, name: str, value: float, place: str = "") -> float:

@@ -1715,11 +1715,42 @@ def test_a_state_dict_of_another_class_of_the_same_name(kind: type[xo.Optimizer]
         opt.load_state_dict(saved | {"class": "SGD"})
 
 
-@pytest.mark.parametrize("wrong", [None, 3, ["xpoptim.Adam"], "", "xpoptim.", "adam", "xpoptim.optimizers.adam.Adam"])
-def test_a_state_dict_whose_class_is_no_name(wrong: Any) -> None:
+class Disagreeable:
+    """What cannot be compared or shown."""
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __eq__(self, other: object) -> bool:
+        raise ArithmeticError
+
+    def __repr__(self) -> str:
+        raise ArithmeticError
+
+
+@pytest.mark.parametrize("wrong", ["", "xpoptim.", "adam", "xpoptim.optimizers.adam.Adam"])
+def test_a_state_dict_whose_class_is_another_name(wrong: str) -> None:
     opt = warmed("Adam")[0]
     with refused(opt, error=ValueError, names="xpoptim.Adam"):
         opt.load_state_dict(opt.state_dict() | {"class": wrong})
+
+
+ODD = [None, 3, ["xpoptim.Adam"], b"xpoptim.Adam", xo.Adam, np.array(["xpoptim.Adam"] * 2), np.ones(3), Disagreeable()]
+
+
+@pytest.mark.parametrize("wrong", ODD, ids=lambda wrong: type(wrong).__name__)
+def test_a_state_dict_whose_class_is_no_name(wrong: Any) -> None:
+    opt = warmed("Adam")[0]
+    with refused(opt, error=ValueError) as info:
+        opt.load_state_dict(opt.state_dict() | {"class": wrong})
+    words = f"the entry 'class' in this state dict is of type {type(wrong).__name__}: it must be a name, 'xpoptim.Adam'"
+    assert words in str(info.value)
+
+
+@pytest.mark.parametrize("wrong", ODD[1:], ids=lambda wrong: type(wrong).__name__)
+def test_a_state_dict_whose_parameters_are_none(wrong: Any) -> None:
+    opt = warmed("Adam")[0]
+    with refused(opt, error=ValueError, names="'parameters' is not what state_dict records"):
+        opt.load_state_dict(opt.state_dict() | {"parameters": wrong})
 
 
 def spoilt(**changes: Any) -> dict[str, Any]:

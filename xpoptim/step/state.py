@@ -33,9 +33,11 @@ def recorded_signature(known: Signature | None) -> dict[str, list[Any]] | None:
 def loaded_signature(owner: str, d: Mapping[str, Any]) -> Signature | None:
     """The signature in a state dict; None if it has none, or an empty one of no step yet, which fixes nothing."""
     parameters = d.get("parameters")
-    if parameters is None or (parameters == {} and d["step"] == 0):
+    if parameters is None:
         return None
     try:
+        if not parameters.keys() and d["step"] == 0:
+            return None
         return {key: (None, tuple(shape), str(dtype), None) for key, (shape, dtype) in parameters.items()}
     except (AttributeError, TypeError, ValueError):
         raise ValueError(f"{owner}: 'parameters' in this state dict is not what state_dict records") from None
@@ -66,9 +68,14 @@ def public_name(cls: type) -> str:
 
 def check_class(cls: type, given: Any) -> None:
     """The class that a state dict names must be this one; a name without a module is compared with the class's own."""
+    if not isinstance(given, str):
+        raise ValueError(
+            f"the entry 'class' in this state dict is of type {type(given).__name__}: "
+            f"it must be a name, {public_name(cls)!r}"
+        )
     if given in (public_name(cls), cls.__name__):
         return
-    same = isinstance(given, str) and given.rpartition(".")[2] == cls.__name__
+    same = given.rpartition(".")[2] == cls.__name__
     advice = (
         f"if it is the same class, which has moved, load d | {{'class': {cls.__name__!r}}}"
         if same

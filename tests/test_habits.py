@@ -285,8 +285,6 @@ NOT_CONTAINERS = [
     (lambda: iter([np.ones(2)]), "gives its items only once: pass a list"),
     (lambda: map(np.ones, [2]), "gives its items only once: pass a list"),
     (lambda: {1.0, 2.0}, "it has no order: pass a dict or a list"),
-    (lambda: "W", "pass the array itself"),
-    (lambda: b"W", "pass the array itself"),
     (lambda: MappingProxyType(ARRAYS), "pass a dict, made by dict(...)"),
     (lambda: UserDict(ARRAYS), "pass a dict, made by dict(...)"),
     (lambda: deque([np.ones(2)]), "pass a list, made by list(...)"),
@@ -326,6 +324,25 @@ def test_what_is_no_container_of_gradients(make: Any, words: str, later: bool) -
     with refused(opt, error=TypeError, names="grads['b']") as info:
         opt.update({"W": np.ones(2), "b": np.ones(3)}, {"W": np.ones(2), "b": make()})
     assert words in str(info.value)
+
+
+@pytest.mark.parametrize("kind", [str, bytes, bytearray, memoryview])
+def test_text_and_bytes_are_no_arrays(kind: Any) -> None:
+    """Nor lists, though they are sequences."""
+    given = kind("W") if kind is str else kind(b"W")
+    opt = xo.Momentum()
+    for wrong in (given, [np.ones(2), given]):
+        with refused(opt, error=TypeError, names=f"is a {kind.__name__}: a parameter is an array") as info:
+            opt.update(wrong, [np.ones(2), np.ones(2)])
+        assert "list(" not in str(info.value)
+    for params, wrong in ((np.ones(1), given), ({"W": np.ones(1)}, {"W": given}), ([1.0], [given])):
+        with refused(opt, error=TypeError) as info:
+            opt.update(params, wrong)
+        words = f"is a {kind.__name__}: a gradient is an array like its parameter, or None"
+        assert str(info.value).startswith("grads")
+        assert str(info.value).endswith(words)
+    with refused(opt, error=TypeError, names=f"grads is a {kind.__name__}: nest them alike"):
+        opt.update({"W": np.ones(1)}, given)
 
 
 def test_an_array_that_holds_arrays_is_no_model() -> None:

@@ -55,14 +55,12 @@ def refuse_parameters(owner: str, field: str, first: Any) -> None:
 
 def instead(x: Any) -> str:
     """What to pass in place of what is neither an array nor a container, or an empty string."""
-    if isinstance(x, dict | list | tuple) or _has(x, "shape"):
+    if isinstance(x, dict | list | tuple | str | bytes | bytearray | memoryview) or _has(x, "shape"):
         return ""
     if isinstance(x, KeysView | ValuesView | ItemsView):  # of a dict
         return "pass the dict itself"
     if isinstance(x, Iterator):
         return "it gives its items only once: pass a list of them"
-    if isinstance(x, str | bytes):
-        return "pass the array itself"
     if isinstance(x, Set):
         return "it has no order: pass a dict or a list"
     if isinstance(x, Mapping):

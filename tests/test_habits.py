@@ -111,6 +111,31 @@ def test_a_schedule_may_hold_what_it_likes() -> None:
     assert params[0][0] == 0.5
 
 
+class Fitted:
+    """A curve, with what was fitted."""
+
+    def __init__(self, parameters: Any) -> None:
+        self.parameters = self.named_parameters = parameters
+
+    def __call__(self, step: int) -> float:
+        return 0.5 / (1 + step)
+
+
+@pytest.mark.parametrize("parameters", [(0.5, 1.0), {"lr": 0.5}, np.ones(2), [np.ones(2)], 2.0], ids=str)
+def test_a_schedule_may_have_parameters(parameters: Any) -> None:
+    params = [np.ones(1)]
+    xo.SGD(Fitted(parameters)).update(params, [np.ones(1)])
+    assert params[0][0] == 0.5
+
+
+@pytest.mark.parametrize("method", ["parameters", "named_parameters"])
+@pytest.mark.parametrize("kind", [lambda f: f, staticmethod, classmethod], ids=["plain", "static", "class"])
+def test_a_model_that_can_be_called_is_no_schedule(kind: Any, method: str) -> None:
+    model = type("Model", (), {"__call__": lambda self, x: x, method: kind(lambda *self: iter(()))})()
+    with pytest.raises(TypeError, match="SGD takes no parameters"):
+        xo.SGD(model)
+
+
 class Table(dict[int, float]):
     def __call__(self, step: int) -> float:
         return self[step]

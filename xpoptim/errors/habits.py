@@ -72,12 +72,12 @@ def instead(x: Any) -> str:
 
 def _model(x: Any) -> str:
     """What to pass in place of a model or a layer, or an empty string. No code of its class is run."""
-    if _has(x, "named_parameters"):  # torch
+    if _gives(x, "named_parameters"):  # torch
         return (
             "pass its arrays, params = dict(model.named_parameters()), "
             "and their gradients, grads = {name: p.grad for name, p in params.items()}"
         )
-    if _has(x, "parameters"):
+    if _gives(x, "parameters"):
         return "pass its arrays, params = list(model.parameters()), and a list of their gradients"
     if _has(x, "params") and not callable(x):  # the book's networks and layers
         return "pass its arrays, model.params, and a container of their gradients that is nested alike"
@@ -90,6 +90,12 @@ def _model(x: Any) -> str:
 
 def _has(x: Any, name: str) -> bool:
     return inspect.getattr_static(x, name, None) is not None
+
+
+def _gives(x: Any, name: str) -> bool:
+    """Whether it has this attribute, and that as a method if it can be called itself: a schedule may have any other."""
+    method = inspect.getattr_static(x, name, None)
+    return method is not None and (not callable(x) or callable(method) or isinstance(method, classmethod))
 
 
 def _variables(x: Any) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import xpoptim as xo
 from xpoptim.engines.cuda import nvrtc
 
 try:
@@ -73,6 +74,15 @@ def test_cubin_is_machine_code_for_a_gpu(arch):
     assert image.startswith(b"\x7fELF")
     assert int.from_bytes(image[18:20], "little") == 190  # EM_CUDA
     assert b"update" in image
+
+
+@needs_nvrtc
+def test_what_an_optimizer_shows_can_be_compiled():
+    """It is text of a class of its own, which CuPy's binding does not take."""
+    source = xo.SGD().source("cuda")
+    assert nvrtc.cubin(source, "sm_90") == nvrtc.cubin(str(source), "sm_90")
+    assert nvrtc.ptx(source, "compute_90") == nvrtc.ptx(str(source), "compute_90")
+    assert nvrtc.resources(source, "sm_90") == nvrtc.resources(str(source), "sm_90") != {}
 
 
 @needs_nvrtc

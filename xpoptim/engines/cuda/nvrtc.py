@@ -112,7 +112,7 @@ def resources(source: str, arch: str, options: Sequence[str] = ()) -> dict[str, 
 def _compile(source: str, arguments: Sequence[str], product: str) -> tuple[bytes, str]:
     """The product, "CUBIN" or "PTX", and NVRTC's log."""
     nvrtc = _nvrtc()
-    program = nvrtc.createProgram(source, "kernel.cu", (), ())
+    program = nvrtc.createProgram(str(source), "kernel.cu", (), ())  # it takes no subclass, such as `Source`
     try:
         nvrtc.compileProgram(program, arguments)
         # CuPy cuts the last byte off, as a terminator. PTX has one, but a cubin ends with the upper end of a number,

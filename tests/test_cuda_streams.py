@@ -298,6 +298,70 @@ def test_a_count_that_is_written_into_the_state_holds(options: dict[str, Any], g
     assert_same(gpu, opt, on_gpu, expected_opt, params)
 
 
+class Watched:
+    """A lock that tells who has it, and when somebody comes for it."""
+
+    def __init__(self, lock: Any) -> None:
+        self.lock, self.holder, self.asked = lock, 0, threading.Event()
+
+    def __enter__(self) -> None:
+        self.asked.set()
+        self.lock.acquire()
+        self.holder = threading.get_ident()
+
+    def __exit__(self, *error: object) -> None:
+        self.holder = 0
+        self.lock.release()
+
+
+@COUNTED
+@pytest.mark.parametrize("what", ["state", "skipped"])
+def test_a_step_while_another_thread_reads(what: str, options: dict[str, Any], gpu: GPU) -> None:
+    """Reading takes time, and must not set back what is counted meanwhile: the step waits."""
+    seen: list[int] = []
+
+    def schedule(step: int) -> float:
+        seen.append(step)
+        return 0.1
+
+    params, grads = {"W": gpu.array(np.ones(5))}, {"W": gpu.array(np.full(5, 2.0))}
+    opt = xo.Adam(lr=schedule, **options)
+    opt.update(params, grads)
+    worker = threading.Thread(target=opt.update, args=(params, grads))
+    read, opt._guard.lock = opt._turns.read, Watched(opt._guard.lock)
+
+    def slow(*arguments: Any) -> np.ndarray:
+        words, opt._turns.read = read(*arguments), read
+        opt._guard.lock.asked.clear()
+        worker.start()
+        assert opt._guard.lock.asked.wait(60)
+        if opt._guard.lock.holder != threading.get_ident():
+            worker.join(60)
+        return words
+
+    opt._turns.read = slow  # type: ignore[method-assign]
+    getattr(opt, what)
+    worker.join(60)
+    opt.update(params, grads)
+    assert seen == [0, 1, 2]
+    assert opt.state["step"] == 3
+
+
+@COUNTED
+def test_a_schedule_may_read_the_counts(options: dict[str, Any], gpu: GPU) -> None:
+    """Of the steps before; and so may a signal handler, which is in the same thread."""
+    seen: list[tuple[int, int]] = []
+
+    def schedule(step: int) -> float:
+        seen.append((opt.state["step"], opt.skipped))
+        return 0.1
+
+    params, opt = {"W": gpu.array(np.ones(5))}, xo.Adam(lr=schedule, **options)
+    for _ in range(3):
+        opt.update(params, {"W": gpu.array(np.full(5, 2.0))})
+    assert seen == [(0, 0), (1, 0), (2, 0)]
+
+
 COPIES: dict[str, Callable[[Any], Any]] = {
     "state_dict": lambda opt: opt.state_dict()["slots"],
     "copy": lambda opt: copy.copy(opt).state["slots"],

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import xpoptim as xo
+from xpoptim import guard
 
 CALLS: dict[str, Callable[[xo.Optimizer, Any, Any], Any]] = {
     "update": lambda opt, params, grads: opt.update(params, grads),
@@ -270,6 +271,17 @@ def test_a_forked_child_starts_free(program: str, printed: str) -> None:
     command = [sys.executable, "-W", "ignore", "-c", program]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
     assert (done.returncode, done.stdout.strip()) == (0, printed), done.stderr
+
+
+def test_the_lock_of_a_forked_child_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also for those who read, and so may come within a step."""
+    one = guard.Guard()
+    lock = one.current()
+    assert one.current() is lock
+    monkeypatch.setattr(guard, "_forks", guard._forks + 1)
+    monkeypatch.setattr(guard, "_forkers", [*guard._forkers, threading.get_ident()])
+    assert one.current() is not lock
+    assert one.current() is one.lock
 
 
 HANDLER = """

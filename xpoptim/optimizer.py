@@ -309,8 +309,8 @@ class Optimizer:
         """``{"step": int, "slots": {name: {key: array}}}``: the arrays themselves, not copies.
 
         ``step`` counts the applied updates. There are no slots before the first. Where a GPU counts (``clip_norm`` or
-        ``capturable`` with CuPy arrays) reading waits for the last update, whatever stream that is on; once an update
-        was captured into a CUDA graph, for all work on that GPU. During a capture it raises ``RuntimeError``.
+        ``capturable`` with CuPy arrays) reading waits for the last update, whatever stream or thread that is in; once
+        an update was captured into a CUDA graph, for all work on that GPU. During a capture it raises ``RuntimeError``.
         """
         self._count_on_gpu()
         return self._state
@@ -327,14 +327,17 @@ class Optimizer:
 
     def _count_on_gpu(self) -> int:
         """Bring the step count up to date, if a GPU counts; the number of skipped steps."""
-        counter, state = self._counter, self._state
-        if counter is None:
+        if self._counter is None:
             return 0
-        written = state["step"] != counter.expected  # by the user: the GPU is told at the next step
-        applied, skipped = counter.read(self._turns)
-        if not written:
-            state["step"] = applied
-        return skipped
+        with self._guard.current():  # another thread's step would be counted while this one waits for the GPU
+            counter, state = self._counter, self._state
+            if counter is None:
+                return 0
+            written = state["step"] != counter.expected  # by the user: the GPU is told at the next step
+            applied, skipped = counter.read(self._turns)
+            if not written:
+                state["step"] = applied
+            return skipped
 
     def check(self) -> None:
         """Raise ``FloatingPointError`` if a GPU has skipped steps. On NumPy arrays `update` itself raises.

@@ -36,6 +36,12 @@ class Guard:
                 self.lock = threading.RLock()
                 self.forks = _forks
 
+    def current(self) -> Any:
+        """The lock in this process, for what waits for other threads but may be done within a call."""
+        if self.forks != _forks:
+            self.renew()
+        return self.lock
+
 
 class Guarded(Protocol):
     """What has a guard."""

@@ -37,7 +37,8 @@ from helpers import (
 
 import xpoptim as xo
 from xpoptim import optimizer
-from xpoptim.engines import scan, selection
+from xpoptim.engines import choose
+from xpoptim.engines.cpu import scan
 
 MISSING = (KeyError, ValueError)  # what a missing gradient raises
 ENGINES = ("reference", "auto")
@@ -1917,12 +1918,12 @@ def test_an_engine_does_not_outlast_an_interrupt(monkeypatch: pytest.MonkeyPatch
     for outer in ("auto", "fused"):
         with xo.engine(outer):
             with monkeypatch.context() as patch:
-                patch.setattr(selection, "_chosen", Interrupted(selection._chosen))
+                patch.setattr(choose, "_chosen", Interrupted(choose._chosen))
                 with pytest.raises(KeyboardInterrupt), xo.engine("reference"):
                     pass
-                assert selection.selected() == outer
-            assert selection.selected() == outer
-    assert selection._chosen.get() is None
+                assert choose.selected() == outer
+            assert choose.selected() == outer
+    assert choose._chosen.get() is None
 
 
 def test_an_engine_that_is_left_in_another_context() -> None:
@@ -1930,7 +1931,7 @@ def test_an_engine_that_is_left_in_another_context() -> None:
 
     def steps() -> Iterator[str]:
         with xo.engine("reference"):
-            yield selection.selected()
+            yield choose.selected()
 
     for inside in (False, True):
         generator = steps()
@@ -1938,9 +1939,9 @@ def test_an_engine_that_is_left_in_another_context() -> None:
         with xo.engine("fused"):
             if inside:
                 generator.close()
-            assert selection.selected() == "fused"
+            assert choose.selected() == "fused"
         generator.close()
-        assert selection._chosen.get() is None
+        assert choose._chosen.get() is None
 
 
 def test_changing_the_engine_between_steps_changes_nothing() -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import xpoptim as xo
-from xpoptim import guard
+from xpoptim.sync import guard
 
 CALLS: dict[str, Callable[[xo.Optimizer, Any, Any], Any]] = {
     "update": lambda opt, params, grads: opt.update(params, grads),

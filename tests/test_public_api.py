@@ -1,11 +1,9 @@
 """The public names, their signatures and defaults, and what an import costs."""
 
-import ast
 import inspect
 import subprocess
 import sys
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
 import pytest

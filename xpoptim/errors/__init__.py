@@ -1,4 +1,4 @@
-"""What is said when something is wrong. Exceptions are plain ``TypeError``, ``ValueError`` and the like, but for `TraceError`.
+"""What is said when something is wrong: by a `TraceError`, else a plain ``TypeError``, ``ValueError`` or the like.
 
 - ``habits``: what to write instead of what other libraries take
 - ``hints``: the near name, for a wrong one

@@ -57,6 +57,11 @@ OPTION_COMBINATIONS = [
 ]
 
 
+def traced(opt: xo.Optimizer) -> Any:
+    """What the optimizer's next step carries out."""
+    return opt._stepper.traced(opt)
+
+
 def option_id(options: Mapping[str, Any]) -> str:
     """A readable test id: the options that are on."""
     return "+".join(name for name, value in options.items() if value not in (None, False, 0.0)) or "plain"

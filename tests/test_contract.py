@@ -36,9 +36,10 @@ from helpers import (
 )
 
 import xpoptim as xo
-from xpoptim import optimizer
-from xpoptim.engines import choose
+from xpoptim.engines import choose, reference
+from xpoptim.engines.cpu import plan as cpu_plan
 from xpoptim.engines.cpu import scan
+from xpoptim.step import stepper
 
 MISSING = (KeyError, ValueError)  # what a missing gradient raises
 ENGINES = ("reference", "auto")
@@ -286,7 +287,7 @@ def test_containers_of_nothing_do_not_hold_up_later_steps(bare: Any, monkeypatch
     opt, params = xo.SGD(lr=1.0), {"a": bare, "net": [bare, {"W": np.ones(2)}]}
     opt.update(params, {"net": [None, {"W": np.ones(2)}]})
     with monkeypatch.context() as patch:
-        patch.setattr(optimizer, "pairs", None)
+        patch.setattr(stepper, "pairs", None)
         for grads in ({"net": [None, {"W": np.ones(2)}]}, {"a": bare, "net": [bare, {"W": np.ones(2)}]}):
             opt.update(params, grads)
     assert params["net"][1]["W"].tolist() == [-2.0, -2.0]
@@ -420,20 +421,21 @@ def test_a_container_that_contains_itself_at_a_later_step(engine: str) -> None:
 
 @pytest.mark.parametrize("change", ["circle", "nothing left"])
 def test_a_schedule_that_changes_the_containers(engine: str, change: str) -> None:
-    """The step is that over the parameters which were there when it began."""
+    """The user's code runs first: a step is over the parameters that are there when the schedules are done."""
     array = np.ones(2)
     params: Any = {"net": {"W": array}, "b": [{}]}
 
     def schedule(step: int) -> float:
-        if change == "circle":
+        if step == 2 and change == "circle":
             params["net"]["net"] = params["net"]
-        else:
+        elif step == 2:
             params["net"].clear()
         return 1.0
 
-    opt = xo.Momentum(lr=schedule)
-    opt.update(params, {"net": {"W": np.ones(2)}})
-    assert array.tolist() == [0.0, 0.0]
+    opt = xo.Momentum(lr=schedule, momentum=0.0)
+    for _ in range(2):
+        opt.update(params, {"net": {"W": np.ones(2)}})
+    assert array.tolist() == [-1.0, -1.0]
     with refused(opt, array, error=ValueError) as info:
         opt.update(params, {"net": {"W": np.ones(2)}})
     words = {"circle": "params['net.net'] is params['net'] again", "nothing left": "missing: net.W"}
@@ -743,7 +745,7 @@ def test_gradients_are_not_kept_alive(engine: str, name: str) -> None:
 
 @pytest.mark.parametrize("container", [dict, list])
 def test_arrays_are_held_during_a_step(engine: str, container: type) -> None:
-    """A schedule (or another thread, while the kernel runs) may take an array out of its container meanwhile.
+    """Another thread, while a pass runs, may take an array out of its container.
 
     The step goes on with what it was given: memory that it reads or writes must not be freed under it.
     """
@@ -752,22 +754,78 @@ def test_arrays_are_held_during_a_step(engine: str, container: type) -> None:
     grads = copy.copy(params)
     references: list[Any] = []
     alive: list[bool] = []
+    plan = reference.Plan if engine == "reference" else cpu_plan.Plan
+    run = plan.run
 
-    def schedule(step: int) -> float:
+    def emptied(self: Any, kind: str, made: Any) -> None:
         for key in keys:
             params[key] = grads[key] = None
         alive.append(all(reference() is not None for reference in references))
+        run(self, kind, made)
+
+    opt = xo.Momentum(lr=0.5, clip_norm=100.0)
+    home = np.ones(2 * 30)  # the parameters are views of it, so their memory outlives them
+    with mock.patch.object(plan, "run", emptied):
+        for _ in range(3):
+            for i, key in enumerate(keys):
+                params[key], grads[key] = home[30 * i : 30 * (i + 1)], np.ones(30)
+            references[:] = [weakref.ref(grads[key]) for key in keys]
+            opt.update(params, grads)
+    assert alive == [True] * 6  # the norm's pass and the update's
+    np.testing.assert_allclose(home, 1 - 0.5 * (1 + 1.9 + 2.71), rtol=1e-14)
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("options", [{}, {"clip_norm": 1.0}], ids=str)
+@pytest.mark.parametrize("first", [0, 1, 2])
+def test_a_schedule_that_changes_the_arrays(engine: str, options: dict[str, Any], first: int) -> None:
+    """The schedules run before the arrays are looked at: a parameter that they resize is seen as it is then."""
+    params = {"W": np.ones(4), "b": np.ones(2)}
+
+    def schedule(step: int) -> float:
+        if step == first:
+            params["W"].resize(1 << 20, refcheck=False)
         return 0.5
 
-    opt = xo.Momentum(lr=schedule, clip_norm=100.0)
-    home = np.ones(2 * 30)  # the parameters are views of it, so their memory outlives them
-    for _ in range(3):
-        for i, key in enumerate(keys):
-            params[key], grads[key] = home[30 * i : 30 * (i + 1)], np.ones(30)
-        references[:] = [weakref.ref(grads[key]) for key in keys]
+    opt, grads = xo.Momentum(lr=schedule, **options), {"W": np.ones(4), "b": np.ones(2)}
+    for _ in range(first):
         opt.update(params, grads)
-    assert all(alive)
-    np.testing.assert_allclose(home, 1 - 0.5 * (1 + 1.9 + 2.71), rtol=1e-14)
+    with refused(opt, params["b"], error=ValueError, names="W shape (1048576,)"):
+        opt.update(params, grads)
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("first", [0, 1, 2])
+def test_a_schedule_that_puts_other_arrays_in_place(engine: str, first: int) -> None:
+    old, new = np.ones(3), np.zeros(3)
+    params, grads = {"W": old}, {"W": np.ones(3)}
+
+    def schedule(step: int) -> float:
+        if step == first:
+            params["W"] = new
+        return 0.5
+
+    opt = xo.SGD(lr=schedule)
+    for _ in range(first + 1):
+        opt.update(params, grads)
+    assert (old.tolist(), new.tolist()) == ([1.0 - 0.5 * first] * 3, [-0.5] * 3)
+
+
+def test_a_start_of_a_slot_that_changes_the_arrays(engine: str) -> None:
+    """So does the function that a slot starts with, and the rule when it is traced."""
+    params = {"W": np.ones(4)}
+
+    class Resizing(xo.Optimizer):
+        lr: float = 0.5
+        slots = {"s": lambda p: params["W"].resize(1 << 20, refcheck=False) or 0.0}  # noqa: RUF012
+
+        @staticmethod
+        def rule(xp, p, g, s, *, lr):
+            return p - lr * g, s
+
+    opt = Resizing()
+    with refused(opt, error=ValueError, names="W shape (1048576,)"):
+        opt.update(params, {"W": np.ones(4)})
 
 
 def test_gradients_of_any_address_layout_and_dtype_at_every_step() -> None:
@@ -2744,7 +2802,7 @@ def test_numbers_are_looked_at_in_full_once(kind: Any, gradients: list[Any]) -> 
     opt, params = xo.SGD(lr=1.0), {"a": kind(2.0), "b": np.ones(2)}
     opt.update(params, {"a": gradients[0], "b": np.ones(2)})
     expected = 2.0 - float(gradients[0])
-    with mock.patch.object(optimizer, "pairs", side_effect=AssertionError("a full step")):
+    with mock.patch.object(stepper, "pairs", side_effect=AssertionError("a full step")):
         for g in gradients:
             opt.update(params, {"a": g, "b": np.ones(2)})
             expected -= 0.0 if g is None else float(g)

@@ -14,7 +14,7 @@ import pytest
 from cuda_host.emulated import EmulatedGPU, emulated_cupy, emulated_gpu, like
 from cuda_host.host_kernel import HostModule, Memory, host_memory, missing, run_sanitized, to_numpy
 from cuda_host.steps import GPU, alike, capture_and_replay, follow, trees
-from helpers import assert_same_bits, assert_same_tree, make_optimizer
+from helpers import assert_same_bits, assert_same_tree, make_optimizer, traced
 
 from xpoptim.arrays.leaves import pairs
 from xpoptim.codegen.cuda import elementwise as text
@@ -59,8 +59,8 @@ def test_norm_of_a_large_tensor(backward: bool) -> None:
 def test_indices_beyond_32_bits() -> None:
     """A chunk far behind the beginning of its row: as if the tensor had 16 thousand million elements."""
     far, size, n = 4_000_000, 4096, 1000
-    update = make_optimizer("SGD")._tracing().programs("float32", "float32")["update"]
-    norm = make_optimizer("SGD", clip_norm=1.0)._tracing().programs("float32", "float32")["norm"]
+    update = traced(make_optimizer("SGD")).programs("float32", "float32")["update"]
+    norm = traced(make_optimizer("SGD", clip_norm=1.0)).programs("float32", "float32")["norm"]
     with host_memory():
         p, g, out = like(np.full(n, 3, np.float32)), like(np.full(n, 2, np.float32)), like(np.zeros(1))
         for program, name in ((update, "update"), (norm, "sums")):
@@ -200,7 +200,7 @@ def test_tensors_too_large_for_one_launch(gpu: EmulatedGPU) -> None:
     huge = SimpleNamespace(data=SimpleNamespace(ptr=0))
     leaves = pairs({"W": huge}, {"W": huge})
     leaves[0].p = huge
-    program = make_optimizer("SGD")._tracing().programs("float32", "float32")["update"]
+    program = traced(make_optimizer("SGD")).programs("float32", "float32")["update"]
     with pytest.raises(ValueError, match=r"params\['W'\] and its like have more elements than one launch can take"):
         cuda._fill(cuda._Table(program, 0, 1), leaves, [2**31 * 1024], 1024)
 

@@ -45,6 +45,7 @@ from helpers import (
     make_optimizer,
     random_values,
     special_values,
+    traced,
 )
 
 import xpoptim as xo
@@ -53,7 +54,8 @@ from xpoptim.codegen.cuda import elementwise as text
 from xpoptim.engines import reference
 from xpoptim.engines.cuda import driver
 from xpoptim.engines.cuda import plan as cuda
-from xpoptim.step.step import Step, check
+from xpoptim.step.checks import resolve
+from xpoptim.step.prepared import Prepared
 from xpoptim.trace.sums import CHUNK
 
 # What CuPy arrays can have: their bytes are in the machine's order, their elements on multiples of their size.
@@ -290,7 +292,7 @@ def test_many_tensors(rule: str, count: int, clip_norm: float | None, gpu: GPU) 
 @pytest.mark.parametrize("count", [1, 8, 9, 64, 65, 256, 257, 681, 682])
 def test_capacities(count: int, gpu: GPU) -> None:
     """Each size of the table that goes by value, full and with one tensor too many for it."""
-    program = make_optimizer("Adam")._tracing().programs("float32", "float32")["update"]
+    program = traced(make_optimizer("Adam")).programs("float32", "float32")["update"]
     rows = cuda.capacity(program, count)
     assert rows == next((n for n in (8, 64, 256, 681) if count <= n), None)
     params = {f"{i}": np.full(3, i, np.float32) for i in range(count)}
@@ -731,9 +733,9 @@ def test_plain_operations_run_where_the_arrays_lie(gpu: GPU) -> None:
 
     noted = mock.patch.multiple(
         reference,
-        squares_sum=note("norm", lambda leaf: 1.0),
-        computed=note("computed", lambda leaf: [leaf.p, *leaf.slots]),
-        write=note("write", lambda leaf: None),
+        _squares_sum=note("norm", lambda leaf: 1.0),
+        _computed=note("computed", lambda leaf: [leaf.p, *leaf.slots]),
+        _write=note("write", lambda leaf: None),
     )
     with xo.engine("reference"), noted:
         make_optimizer("Adam", clip_norm=1.0).update(params, dict(params))
@@ -828,10 +830,10 @@ def test_norm_has_the_bits_of_the_cpu(name: str, layout: str, gpu: GPU) -> None:
     params = trees({name: DTYPES[name]}, shapes, seed=2, special=0)
 
     def norm(params: Any, grads: Any) -> float:
-        leaves = pairs(params, grads)
-        check(leaves, writing=True)
+        leaves = resolve(pairs(params, grads), writing=True)
         opt = make_optimizer("SGD", clip_norm=1.0, clip_value=40.0)
-        return Step(opt._tracing(), leaves, opt._scalars(opt._recipe, 0)).values[-1]
+        prepared = Prepared(traced(opt), leaves, lambda engine: None, capturable=False, in_place=True)
+        return prepared.reduced(opt._scalars(0)[1])[-1]
 
     for g_name in REAL_DTYPES if name in REAL_DTYPES else COMPLEX_DTYPES:
         grads = alike(params, seed=3, special=0, dtype=DTYPES[g_name])
@@ -1046,7 +1048,8 @@ def test_options_that_change_after_a_capture(gpu: GPU) -> None:
     opt.prepare_replay()
     graph.launch()
     assert opt.state["step"] == 2
-    counted = weakref.ref(opt._counter.state)
+    (keeper,) = opt._stepper._keepers.values()
+    counted = weakref.ref(keeper._counter.state)
     opt.capturable = False
     opt.update(params, grads)
     with pytest.raises(RuntimeError, match="prepare_replay"):

@@ -328,10 +328,11 @@ def test_a_step_while_another_thread_reads(what: str, options: dict[str, Any], g
     opt = xo.Adam(lr=schedule, **options)
     opt.update(params, grads)
     worker = threading.Thread(target=opt.update, args=(params, grads))
-    read, opt._guard.lock = opt._turns.read, Watched(opt._guard.lock)
+    (keeper,) = opt._stepper._keepers.values()
+    read, opt._guard.lock = keeper.read, Watched(opt._guard.lock)
 
     def slow(*arguments: Any) -> np.ndarray:
-        words, opt._turns.read = read(*arguments), read
+        words, keeper.read = read(*arguments), read
         opt._guard.lock.asked.clear()
         worker.start()
         assert opt._guard.lock.asked.wait(60)
@@ -339,7 +340,7 @@ def test_a_step_while_another_thread_reads(what: str, options: dict[str, Any], g
             worker.join(60)
         return words
 
-    opt._turns.read = slow  # type: ignore[method-assign]
+    keeper.read = slow
     getattr(opt, what)
     worker.join(60)
     opt.update(params, grads)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from cuda_host.rules import Assign, Everything, Names
-from helpers import COMPLEX_DTYPES, DTYPES, REAL_DTYPES, RULES, make_optimizer
+from helpers import COMPLEX_DTYPES, DTYPES, REAL_DTYPES, RULES, make_optimizer, traced
 
 import xpoptim as xo
 from xpoptim._dropout import layer as _dropout
@@ -37,7 +37,7 @@ PAIRS = [*itertools.product(REAL_DTYPES, REAL_DTYPES), *itertools.product(COMPLE
 
 
 def program(opt: xo.Optimizer, dtype: str, g_dtype: str | None = None, kind: str = "update") -> Program:
-    return opt._tracing().programs(dtype, g_dtype or dtype)[kind]
+    return traced(opt).programs(dtype, g_dtype or dtype)[kind]
 
 
 def kernels(source: str) -> dict[str, str]:

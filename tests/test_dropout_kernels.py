@@ -30,6 +30,7 @@ from xpoptim._dropout import layer as _dropout
 from xpoptim.codegen.cuda import blocks as cuda_blocks
 from xpoptim.codegen.cuda.elementwise import THREADS
 from xpoptim.engines import blocks
+from xpoptim.engines.cpu import blocks as cpu_blocks
 from xpoptim.engines.cpu import thread_pool
 from xpoptim.engines.cuda import driver, nvrtc
 from xpoptim.trace.program import BlockProgram, Buffer
@@ -186,7 +187,8 @@ def run_llvm_from(
     at = [(a.ctypes.data - shift) % 2**64 for a in (x, y)]
     where = [cursor.ctypes.data, 1, *at, total, scalars.ctypes.data, given.ctypes.data, 1]
     job = np.array([word - 2**64 if word >= 2**63 else word for word in where], np.int64)
-    run = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64)(kernel._compiled(x is y))
+    compiled = cpu_blocks.BlockKernel(kernel.program)  # which holds the code
+    run = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64)(compiled._compiled(x is y))
     run(job.ctypes.data, 0)
 
 
@@ -216,8 +218,9 @@ class TestLargeBlockIndexes:
         kernel = _dropout.kernel(dtype)
         per_block = THREADS * cuda_blocks.blocks_of_a_thread(kernel.program)  # of random words
         start = max(0, first - per_block)
-        assert kernel._cuda.count("(long long)blockIdx.x *") == 1
-        text = kernel._cuda.replace("(long long)blockIdx.x", f"((long long)blockIdx.x + {start // per_block}LL)")
+        text = cuda_blocks.source(kernel.program)
+        assert text.count("(long long)blockIdx.x *") == 1
+        text = text.replace("(long long)blockIdx.x", f"((long long)blockIdx.x + {start // per_block}LL)")
         n = 4 * 2 * per_block - 3
         x = np.ones(n, dtype)
         shift = start * len(kernel.program.lanes) * real_dtype(x.dtype).itemsize
@@ -261,7 +264,7 @@ class TestSameBits:
         """Each block is done by one task and once, also where that is in place."""
         monkeypatch.setattr(thread_pool, "_WORTH_WAKING", 1)
         monkeypatch.setattr(thread_pool, "_WORTH_SHARING", 1)
-        monkeypatch.setattr(blocks, "_GRAIN", grain)
+        monkeypatch.setattr(cpu_blocks, "_GRAIN", grain)
         with threads(2):
             for size in SIZES:
                 x = values((size,), dtype, seed=size)
@@ -436,7 +439,7 @@ class TestEngines:
         yield lambda: xo.dropout(x, 0.5, seed=1, stream=2)
 
     def test_fused_never_takes_the_reference(self, monkeypatch):
-        monkeypatch.setattr(_dropout, "reference", refuse)
+        monkeypatch.setattr(_dropout, "by_reference", refuse)
         for name in ("fused", "auto"):
             with xo.engine(name):
                 for call in self.calls(np.ones((3, 5))):
@@ -545,9 +548,9 @@ def test_one_array_and_two_have_code_of_their_own():
     """That for two is told that they do not overlap, so it must not be run in place."""
     kernel, x = blocks.Kernel(_dropout.kernel("float32").program), np.ones(9, np.float32)
     kernel.run(x, x[:], [1.0], [0] * 23)
-    assert set(kernel._on_cpu) == {True}
+    assert set(kernel._kernels["numpy"]._modules) == {True}
     kernel.run(x, x.copy(), [1.0], [0] * 23)
-    assert set(kernel._on_cpu) == {True, False}
+    assert set(kernel._kernels["numpy"]._modules) == {True, False}
 
 
 # --- Statistics -----------------------------------------------------------------------------------------
@@ -724,10 +727,11 @@ class TestLaunches:
     def test_aligned_arrays_go_16_bytes_at_a_time(self, dtype):
         """Without the text's loops over single elements, all is done in arrays on 16 bytes, and nothing in others."""
         kernel, size = _dropout.kernel(dtype.name), THREADS * 16
-        text = kernel._cuda.replace("if (k < count)", "if (false)")
+        text = cuda_blocks.source(kernel.program).replace("if (k < count)", "if (false)")
         x = values((size,), dtype)
         expected = xo.dropout(x, 0.4, seed=1, stream=2, inverted=True)
-        with emulated_gpu() as gpu, mock.patch.dict(vars(kernel), {"_cuda": text}):
+        edited = mock.patch.object(cuda_blocks, "source", return_value=text)
+        with emulated_gpu() as gpu, mock.patch.dict(kernel._kernels, clear=True), edited:
             for offset, other in ((0, 0), (dtype.itemsize % 16, 0), (0, dtype.itemsize % 16)):
                 source, out = like(x, offset), like(np.zeros_like(x), other)
                 drop = xo.Dropout(0.4, inverted=True, seed=1)
@@ -748,7 +752,7 @@ class TestLaunches:
     def test_parameters(self, name):
         """Two pointers, a length, the scale, and the words: far below the 4,096 bytes that every GPU takes."""
         kernel, real = _dropout.kernel(name), real_dtype(DTYPES[name]).itemsize
-        sizes = HostModule(kernel._cuda).get_function("blocks").sizes
+        sizes = HostModule(cuda_blocks.source(kernel.program)).get_function("blocks").sizes
         assert sizes == [8, 8, 8, max(4, real), 4 * len(kernel.program.words)]
         assert len(kernel.program.words) == 3 + 2 * 10
         assert sum(sizes) <= 4096
@@ -783,13 +787,13 @@ EVERY_KERNEL = pytest.mark.parametrize("kernel", [_dropout.kernel, _dropout.scal
 class TestCompiledForGPUs:
     @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
     def test_nothing_is_spilled(self, name, kernel, arch):
-        report = nvrtc.resources(kernel(name)._cuda, arch)["blocks"]
+        report = nvrtc.resources(cuda_blocks.source(kernel(name).program), arch)["blocks"]
         assert not report.spills
         assert report.registers <= 64
 
     def test_sixteen_bytes_at_a_time(self, name, kernel):
         """Vectors of 16 bytes for the whole of what a thread takes, beside single elements for the ends."""
-        ptx = nvrtc.ptx(kernel(name)._cuda, "compute_90")
+        ptx = nvrtc.ptx(cuda_blocks.source(kernel(name).program), "compute_90")
         bits = {"float16": 16, "bfloat16": 16, "float64": 64, "complex128": 64}.get(name, 32)
         parts, blocks_each = len(kernel(name).program.lanes), cuda_blocks.blocks_of_a_thread(kernel(name).program)
         for access in ("ld", "st"):
@@ -800,7 +804,7 @@ class TestCompiledForGPUs:
 
     def test_words_are_drawn_once_for_four_elements(self, name, kernel):
         """Ten rounds, two products each, of which the stream's in the first is the same for all blocks."""
-        ptx = nvrtc.ptx(kernel(name)._cuda, "compute_90")
+        ptx = nvrtc.ptx(cuda_blocks.source(kernel(name).program), "compute_90")
         blocks_each = cuda_blocks.blocks_of_a_thread(kernel(name).program)
         products = len(re.findall(r"mul\.hi\.u32|mul\.wide\.u32", ptx)) - 1  # one finds the thread's place
         if kernel is _dropout.kernel:

@@ -488,7 +488,7 @@ def test_what_a_signal_handler_assigns_is_not_lost() -> None:
 
     def trace(frame: Any, event: str, argument: Any) -> Any:
         """As if a handler ran right after the hyperparameters were read."""
-        if frame.f_code is xo.Optimizer._derived.__code__ and "values" in frame.f_locals and not assigned:
+        if frame.f_code is xo.Optimizer._derive.__code__ and "values" in frame.f_locals and not assigned:
             assigned.append(2.0)
             opt.lr = 2.0
         return trace
@@ -520,7 +520,7 @@ def test_an_optimizer_that_was_never_finished_goes_in_silence(where: str, monkey
 
     unraisable: list[Any] = []
     monkeypatch.setattr(sys, "unraisablehook", unraisable.append)
-    monkeypatch.setattr(optimizer, "Turns", interrupt)
+    monkeypatch.setattr(optimizer, "Stepper", interrupt)
     with pytest.raises(KeyboardInterrupt):
         (Mine if where == "before" else xo.SGD)()
     gc.collect()

@@ -7,7 +7,7 @@ from typing import Any
 import array_api_strict
 import numpy as np
 import pytest
-from helpers import DTYPES, OPTION_COMBINATIONS, RULES, assert_same_bits, option_id
+from helpers import DTYPES, OPTION_COMBINATIONS, RULES, assert_same_bits, option_id, traced
 
 import xpoptim as xo
 from xpoptim.engines.cpu import plan as cpu
@@ -130,7 +130,7 @@ def test_the_rule_runs_once(engine: str) -> None:
 
 def program_of(rule: Callable[..., Any]) -> Any:
     opt = type("Mine", (xo.Optimizer,), {"rule": staticmethod(rule)})()
-    return opt._tracing().programs("float32", "float32")["update"]
+    return traced(opt).programs("float32", "float32")["update"]
 
 
 def test_equal_programs_share_kernels() -> None:
@@ -179,7 +179,7 @@ def test_the_reference_is_the_rule_called_directly(name: str, options: dict[str,
             state = {"step": 6, "slots": {n: {"p": slot} for n, slot in zip(state["slots"], slots, strict=True)}}
             new, after = opt.apply({"p": p}, {"p": g}, state)
             norm = [float(np.sqrt(np.square(np.asarray(_seen(opt, g), np.float64)).sum()))]
-            values = [*opt._scalars(opt._recipe, 6), *(norm if opt._recipe.reductions else [])]
+            values = [*opt._scalars(6)[1], *(norm if opt._recipe.reductions else [])]
             wanted = directly(opt, xp, [p, g, *slots], dtype, values)
             found = [new["p"], *(arrays["p"] for arrays in after["slots"].values())]
             for a, b in zip(found, wanted, strict=True):
@@ -196,8 +196,8 @@ def _seen(opt: xo.Optimizer, g: Any) -> Any:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_programs_of_all_dtypes_come_from_one_trace(dtype: str) -> None:
-    traced = Traced(xo.Adam(clip_norm=1.0)._recipe)
-    narrow = traced.programs("float32", "float32")
-    for kind, program in traced.programs(dtype, dtype).items():
+    once = Traced(xo.Adam(clip_norm=1.0)._recipe)
+    narrow = once.programs("float32", "float32")
+    for kind, program in once.programs(dtype, dtype).items():
         assert program.nodes is narrow[kind].nodes
         assert [buffer.dtype for buffer in program.buffers[:2]] == [dtype, dtype]

@@ -1,47 +1,31 @@
-"""The optimizer: what the user holds. It checks, keeps the state, and hands leaves to the engines."""
+"""The optimizer: what the user holds."""
 
 from __future__ import annotations
 
 import copy
-import ctypes
-import inspect
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 from .arrays.dtypes import COMPLEX_DTYPES, REAL_DTYPES
-from .arrays.leaves import ABSENT, Leaf, as_given, pairs, rebuilt, replaced, resolve_parameter
-from .engines.choose import selected
-from .engines.cuda import driver
-from .engines.cuda.turns import Turns
-from .errors import TraceError, habits
-from .recipe import hyperparameters, options
-from .recipe.recipe import Recipe, Traced
-from .step.ready import Ready
-from .step.report import Report, Served
+from .errors import habits
+from .recipe import hyperparameters
+from .recipe.declaration import Declaration
+from .step.report import Report
 from .step.state import (
-    Signature,
     State,
     check_class,
-    check_same,
-    check_same_parameters,
-    check_signature,
-    checked_step,
-    copied_state,
-    fresh_slots,
-    gpus,
     loaded_signature,
     on_host,
     plain_state,
     public_name,
     recorded_signature,
-    slots_for,
 )
-from .step.step import Step, check, check_memory, copy_overlapping_gradients, engine_for, finite_norm
+from .step.stepper import Stepper, initial_slots
 from .sync.guard import Guard, exclusive
 
 
-class Optimizer:
+class Optimizer(Declaration, options=True):
     """Base class of all optimizers, and of your own.
 
     A subclass declares its hyperparameters as annotated fields with defaults, its slots, and its rule::
@@ -120,189 +104,18 @@ class Optimizer:
     maximize: bool = False
     capturable: bool = False
 
-    slots: ClassVar[tuple[str, ...] | Mapping[str, Any]] = ()
-    fused: ClassVar[bool] = True
-    rule: ClassVar[Callable[..., Any]]
-
-    _options: ClassVar[tuple[str, ...]] = (
-        "weight_decay",
-        "decoupled",
-        "clip_norm",
-        "clip_value",
-        "maximize",
-        "capturable",
-    )
-    _fields: ClassVar[tuple[str, ...]] = ()  # the rule's hyperparameters, in order
-    _static: ClassVar[frozenset[str]] = frozenset({"decoupled", "maximize", "capturable"})
-    _takes: ClassVar[tuple[str, ...]] = ()  # the keywords of the rule
-    __signature__: ClassVar[inspect.Signature]
-
     # Of the object; with leading underscores, so no hyperparameters.
-    _state: State
-    _version: object  # another object after every assignment
-    # What follows from the hyperparameters of a version: the recipe, and their values unless one is a schedule.
-    _cached: tuple[object, Recipe, tuple[float, ...] | None]
-    _traced: Traced | None  # what the rule did when it was traced, in the first step with this recipe
-    _ready: Ready | None  # what the next step can start from
+    _stepper: Stepper
     _guard: Guard
-    _known: Signature | None  # what the first update fixed
-    _counter: Any  # an `engines.cuda.Counter`, while a GPU counts the steps
-    _turns: Turns  # of the work on what is kept on GPUs
-    _captured: Any  # the plan that a captured graph runs
-    _kept: list[Any]  # plans and states whose memory captured graphs use, replayed or not
-    _verified: Any  # the parameters' places in memory that are known not to overlap
-
-    # -----------------------------------------------------------------------------------------------------------------
-    # The class: fields, slots and rule
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        own = {
-            name: kind
-            for name, kind in inspect.get_annotations(cls).items()
-            if "ClassVar" not in str(kind) and name not in cls._options and not name.startswith("_")
-        }
-        cls._check_names(own)
-        cls._fields = (*cls._fields, *(name for name in own if name not in cls._fields))
-        cls._static = cls._static | {name for name, kind in own.items() if kind is bool or kind == "bool"}
-        cls.__signature__ = cls._make_signature()
-        if "rule" in cls.__dict__:
-            cls._takes = cls._inspect_rule()
-
-    @classmethod
-    def _check_names(cls, fields: Mapping[str, Any]) -> None:
-        """Names of hyperparameters and slots must not meet each other or ours."""
-        taken = {"xp", "p", "g", "t", "norm", *dir(Optimizer)} - {*Optimizer._options, *habits.METHODS}
-        bad = sorted(name for name in fields if name in taken)
-        slots = () if bad else cls._slot_names()
-        bad += [s for s in slots if not s.isidentifier() or s in {"xp", "p", "g", "t", *fields, *cls._fields}]
-        bad += sorted({s for s in slots if slots.count(s) > 1})
-        if bad:
-            raise TypeError(
-                f"{cls.__name__}: {bad[0]!r} cannot name a hyperparameter or slot (it is taken): choose another"
-            )
-
-    @classmethod
-    def _make_signature(cls) -> inspect.Signature:
-        def parameter(name: str, kind: Any) -> inspect.Parameter:
-            default = getattr(cls, name, inspect.Parameter.empty)
-            return inspect.Parameter(name, kind, default=default)
-
-        plain = [parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in cls._fields]
-        return inspect.Signature([*plain, *(parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in cls._options)])
-
-    @classmethod
-    def _slot_names(cls) -> tuple[str, ...]:
-        if isinstance(cls.slots, str):
-            raise TypeError(f"{cls.__name__}.slots is {cls.slots!r}: it is a tuple of names, ({cls.slots!r},)")
-        return tuple(cls.slots)
-
-    @classmethod
-    def _slot_starts(cls) -> Mapping[str, Any]:
-        return cls.slots if isinstance(cls.slots, Mapping) else dict.fromkeys(cls.slots, 0.0)
-
-    @classmethod
-    def _inspect_rule(cls) -> tuple[str, ...]:
-        """The keywords of the rule, after a check that its arguments are what the class declares."""
-        name = f"{cls.__name__}.rule"
-        if not isinstance(inspect.getattr_static(cls, "rule"), staticmethod):
-            raise TraceError(
-                f"{name} must be a @staticmethod: a rule is a pure function rule(xp, p, g, *slots, *, ...)"
-            )
-        kinds = list(inspect.signature(cls.rule).parameters.values())
-        if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in kinds):
-            raise TraceError(f"{name} takes *args or **kwargs: name its arrays and, behind a *, its scalars")
-        scalars = {"t", *cls._fields}
-        arrays = [p.name for p in kinds if p.kind is not p.KEYWORD_ONLY and p.name not in scalars]
-        keywords = tuple(p.name for p in kinds if p.name not in arrays)
-        if len(arrays) != 3 + len(cls.slots) or [p.name for p in kinds][: len(arrays)] != arrays:
-            given, wanted = ", ".join(p.name for p in kinds), ", ".join(("xp", "p", "g", *cls._slot_names()))
-            raise TraceError(
-                f"{name} takes ({given}), but by the slots of {cls.__name__} it must take ({wanted}), "
-                f"then scalars among {', '.join(sorted(scalars))}"
-            )
-        expected = ("p", "g", *cls._slot_names())
-        for given, name_here in zip(arrays[1:], expected, strict=True):
-            if given != name_here and given in expected:  # any other name is the author's own
-                raise TraceError(
-                    f"{name} takes {given!r} where {name_here!r} comes: the order is {', '.join(expected)}"
-                )
-        for keyword in keywords:
-            if keyword not in scalars:
-                known = ", ".join(sorted(scalars))
-                hint = f"; annotate it: {keyword}: float = ..." if hasattr(cls, keyword) else ""
-                raise TraceError(
-                    f"{name} takes {keyword!r}, which is no hyperparameter of {cls.__name__} (there are: {known}){hint}"
-                )
-        return keywords
-
-    # -----------------------------------------------------------------------------------------------------------------
-    # The object: hyperparameters and state
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        new = object.__new__(cls)
-        object.__setattr__(new, "_state", {"step": 0, "slots": {}})
-        object.__setattr__(new, "_known", None)
-        new._forget()
+        new = super().__new__(cls)
+        object.__setattr__(new, "_stepper", Stepper())
+        object.__setattr__(new, "_guard", Guard())
         return new
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        cls = type(self)
-        if not hasattr(cls, "rule"):
-            raise TypeError(
-                f"{cls.__name__} has no rule: use a subclass such as xpoptim.Adam, or define one with a rule"
-            )
-        if args:
-            habits.refuse_parameters(cls.__name__, f"{cls._fields[0]}=..." if cls._fields else "", args[0])
-        known = self.__signature__.parameters
-        unknown = [f"{name!r}{habits.keyword(name, known)}" for name in kwargs if name not in known]
-        if unknown:
-            raise TypeError(f"{cls.__name__}{self.__signature__}: unexpected keyword argument {', '.join(unknown)}")
-        try:
-            bound = self.__signature__.bind(*args, **kwargs)
-        except TypeError as error:
-            raise TypeError(f"{cls.__name__}{self.__signature__}: {error}") from None
-        bound.apply_defaults()
-        for name, value in bound.arguments.items():
-            setattr(self, name, value)
-
-    def _forget(self) -> None:
-        """Drop what is derived and can be made again."""
-        object.__setattr__(self, "_version", object())
-        object.__setattr__(self, "_cached", (None, None, None))
-        object.__setattr__(self, "_guard", Guard())
-        object.__setattr__(self, "_traced", None)
-        object.__setattr__(self, "_ready", None)
-        object.__setattr__(self, "_verified", None)
-        object.__setattr__(self, "_counter", None)
-        object.__setattr__(self, "_turns", Turns())
-        object.__setattr__(self, "_captured", None)
-        object.__setattr__(self, "_kept", [])
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        cls = type(self)
-        if name not in cls._fields and name not in cls._options:
-            if name == "state":
-                raise AttributeError(f"{cls.__name__}.state cannot be assigned: use load_state_dict")
-            if name in habits.METHODS:
-                getattr(cls, name)  # raises
-            known = (*cls._fields, *cls._options)
-            hint = habits.keyword(name, known)
-            raise AttributeError(f"{cls.__name__} has no hyperparameter {name!r}{hint}; it has {', '.join(known)}")
-        optional = name in cls._options and getattr(Optimizer, name) is None
-        if name == "decoupled" and value and "lr" not in cls._fields:
-            raise TypeError(f"{cls.__name__}: decoupled weight decay needs a hyperparameter named lr")
-        value = hyperparameters.checked(cls.__name__, name, value, static=name in cls._static, optional=optional)
-        # Before and after: what is derived in between is outdated, and so it is if a signal handler raises in between.
-        object.__setattr__(self, "_version", object())
-        object.__setattr__(self, name, value)
-        object.__setattr__(self, "_version", object())
-
-    def __dir__(self) -> list[str]:
-        return [name for name in super().__dir__() if name not in habits.METHODS or hasattr(self, name)]
-
-    def __delattr__(self, name: str) -> None:
-        raise AttributeError(f"{type(self).__name__}.{name} cannot be deleted; assign another value")
+    # -----------------------------------------------------------------------------------------------------------------
+    # The state
 
     @property
     def state(self) -> State:
@@ -312,8 +125,8 @@ class Optimizer:
         ``capturable`` with CuPy arrays) reading waits for the last update, whatever stream or thread that is in; once
         an update was captured into a CUDA graph, for all work on that GPU. During a capture it raises ``RuntimeError``.
         """
-        self._count_on_gpu()
-        return self._state
+        self._count()
+        return self._stepper.state
 
     @property
     def skipped(self) -> int:
@@ -323,21 +136,14 @@ class Optimizer:
         >>> xo.SGD().skipped
         0
         """
-        return self._count_on_gpu()
+        return self._count()
 
-    def _count_on_gpu(self) -> int:
+    def _count(self) -> int:
         """Bring the step count up to date, if a GPU counts; the number of skipped steps."""
-        if self._counter is None:
+        if not self._stepper.counts_elsewhere:
             return 0
         with self._guard.current():  # another thread's step would be counted while this one waits for the GPU
-            counter, state = self._counter, self._state
-            if counter is None:
-                return 0
-            written = state["step"] != counter.expected  # by the user: the GPU is told at the next step
-            applied, skipped = counter.read(self._turns)
-            if not written:
-                state["step"] = applied
-            return skipped
+            return self._stepper.count()
 
     def check(self) -> None:
         """Raise ``FloatingPointError`` if a GPU has skipped steps. On NumPy arrays `update` itself raises.
@@ -352,87 +158,43 @@ class Optimizer:
                 "parameters and state are those of the applied steps"
             )
 
-    def __repr__(self) -> str:
-        parts = [f"{name}={getattr(self, name)!r}" for name in self._fields]
-        parts += [f"{n}={getattr(self, n)!r}" for n in self._options if getattr(self, n) != getattr(type(self), n)]
-        return f"{type(self).__name__}({', '.join(parts)})"
-
     def __del__(self) -> None:
-        turns = self.__dict__.get("_turns")  # not there if `__new__` did not come to its end
-        if turns is not None and not sys.is_finalizing():
-            turns.release()
+        stepper = self.__dict__.get("_stepper")  # not there if `__new__` did not come to its end
+        if stepper is not None and not sys.is_finalizing():
+            stepper.release()
 
     @exclusive
     def __getstate__(self) -> dict[str, Any]:
         """For pickles. CuPy's slots are in them as NumPy arrays: they go to the GPU of their parameters again."""
-        return self._settings() | {"_state": self._copied_state(on_host)}
-
-    def _copied_state(self, copied: Callable[[State], State] = copied_state) -> State:
-        state = self.state
-        with self._turns.apart("a state cannot be copied"):
-            return copied(state)
-
-    def _settings(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in (*self._fields, *self._options, "_known")}
+        return self._settings() | {"_known": self._stepper.known, "_state": self._stepper.copied(on_host)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._forget()
-        for name, value in state.items():
+        settings = dict(state)
+        stepper = Stepper()
+        stepper.take(settings.pop("_state"), settings.pop("_known"))
+        object.__setattr__(self, "_stepper", stepper)
+        object.__setattr__(self, "_version", object())
+        for name, value in settings.items():
             object.__setattr__(self, name, value)
-        self._turns.end(gpus(self._state))  # which the slots were just copied on
+
+    def _settings(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in (*self._fields, *self._options)}
 
     @exclusive
     def __copy__(self) -> Optimizer:
         """A copy with a state of its own: two optimizers must not step the same slots."""
-        new = type(self).__new__(type(self))
-        new.__setstate__(self._settings() | {"_state": self._copied_state()})
-        return new
+        return self._copied(self._settings())
 
     @exclusive
     def __deepcopy__(self, memo: dict[int, Any]) -> Optimizer:
-        memo[id(self)] = new = type(self).__new__(type(self))
-        new.__setstate__(copy.deepcopy(self._settings(), memo) | {"_state": self._copied_state()})
+        return self._copied(copy.deepcopy(self._settings(), memo), memo)
+
+    def _copied(self, settings: dict[str, Any], memo: dict[int, Any] | None = None) -> Optimizer:
+        new = type(self).__new__(type(self))
+        if memo is not None:
+            memo[id(self)] = new
+        new.__setstate__(settings | {"_known": self._stepper.known, "_state": self._stepper.copied()})
         return new
-
-    @property
-    def _recipe(self) -> Recipe:
-        return self._derived()[1]
-
-    def _derived(self) -> tuple[object, Recipe, tuple[float, ...] | None]:
-        """Version, recipe and constants. What a signal handler assigns in the middle of this makes them outdated."""
-        if self._cached[0] is self._version:
-            return self._cached
-        version = self._version
-        recipe = Recipe(
-            name=f"{type(self).__name__}.rule",
-            rule=type(self).rule,
-            slots=self._slot_names(),
-            takes=self._takes,
-            statics=tuple((name, getattr(self, name)) for name in self._fields if name in self._static),
-            before=tuple(option for option in options.BEFORE if option.active(self)),
-            after=tuple(option for option in options.AFTER if option.active(self)),
-            fused=self.fused,
-        )
-        traced = self._traced
-        # The same recipe keeps the same object, so that "has anything changed?" is one comparison.
-        recipe = traced.recipe if traced is not None and traced.recipe == recipe else recipe
-        values = tuple(getattr(self, name) for name in recipe.hyperparameters)
-        derived = version, recipe, values if all(type(value) is float for value in values) else None
-        object.__setattr__(self, "_cached", derived)
-        return derived
-
-    def _tracing(self) -> Traced:
-        """The traced recipe: that of the steps before, unless what changes the program was assigned since."""
-        recipe, traced = self._recipe, self._traced
-        return traced if traced is not None and traced.recipe is recipe else Traced(recipe)
-
-    def _scalars(self, recipe: Recipe, step: int) -> list[float]:
-        """The inputs of the scalar program at a step (0-based): t, then the hyperparameters in the recipe's order."""
-        values = [float(step + 1)]
-        for name in recipe.hyperparameters:
-            value = getattr(self, name)
-            values.append(value if type(value) is float else hyperparameters.at(type(self).__name__, name, value, step))
-        return values
 
     # -----------------------------------------------------------------------------------------------------------------
     # Stepping
@@ -467,15 +229,7 @@ class Optimizer:
         >>> params["W"]
         array([0.5, 2.5])
         """
-        ready = self._ready
-        if ready is not None and self._again(ready, params, grads):
-            return
-        leaves = pairs(params, grads)
-        step = self._advance(leaves, self._state, writing=True)
-        for leaf in leaves:
-            if replaced(leaf) and leaf.g is not None:
-                leaf.home[leaf.index] = as_given(leaf)
-        object.__setattr__(self, "_ready", step.ready(params, self._state["slots"]))
+        self._stepper.update(self, params, grads)
 
     def init(self, params: Any) -> State:
         """A fresh state for ``params``, which it leaves alone.
@@ -484,10 +238,7 @@ class Optimizer:
         >>> xo.Momentum().init({"W": np.ones(2)})
         {'step': 0, 'slots': {'v': {'W': array([0., 0.])}}}
         """
-        leaves = pairs(params, ABSENT)
-        for leaf in leaves:
-            resolve_parameter(leaf, writing=False)
-        return {"step": 0, "slots": fresh_slots(self._slot_starts(), leaves)}
+        return {"step": 0, "slots": initial_slots(self, params)}
 
     @exclusive
     def apply(self, params: Any, grads: Any, state: State) -> tuple[Any, State]:
@@ -505,114 +256,7 @@ class Optimizer:
         >>> params, state["step"]
         ((array([0.5]), 2.5), 1)
         """
-        leaves = pairs(params, grads)
-        state = copied_state(plain_state(type(self).__name__, self._slot_names(), state))
-        self._advance(leaves, state, writing=False)
-        return rebuilt(params, iter([as_given(leaf) for leaf in leaves])), state
-
-    def _advance(self, leaves: list[Leaf], state: State, *, writing: bool) -> Step:
-        """One step over leaves: every check, then every write. Only this method and `_again` change a state."""
-        traced = self._tracing()
-        check(leaves, writing=writing)
-        devices = {leaf.p.data.device_id for leaf in leaves if leaf.space == "cupy"}
-        _refuse_capture(devices)
-        if not writing:
-            return self._carry_out(traced, leaves, state, writing=False)
-        self._turns.release()  # the plan of the last step gives way to another
-        with self._turns.taken(devices):
-            return self._carry_out(traced, leaves, state, writing=True)
-
-    def _carry_out(self, traced: Traced, leaves: list[Leaf], state: State, *, writing: bool) -> Step:
-        known = check_signature(type(self).__name__, self._known, leaves) if writing else None
-        slots = slots_for(type(self).__name__, self._slot_starts(), leaves, state)
-        if writing:
-            object.__setattr__(self, "_verified", check_memory(leaves, self._verified))
-        copy_overlapping_gradients(leaves)
-        step = self._step(traced, leaves, state, writing)
-        if writing and self._counter is not None and step.counter is None:
-            _ = self.state  # the host counts again
-            step = self._step(traced, leaves, state, writing)
-        state["slots"] = slots
-        _counted(state, step.run)
-        object.__setattr__(self, "_traced", traced)
-        for k, name in enumerate(traced.recipe.slots):
-            for leaf in step.others:
-                slots[name][leaf.key] = leaf.slots[k]
-        if writing:
-            object.__setattr__(self, "_known", known)
-            object.__setattr__(self, "_counter", step.counter)
-        return step
-
-    def _step(self, traced: Traced, leaves: list[Leaf], state: State, writing: bool) -> Step:
-        values = self._scalars(traced.recipe, checked_step(state))
-        if not writing:
-            return Step(traced, leaves, values)
-        count, counter = state["step"], self._counter
-        return Step(traced, leaves, values, count=count, counter=counter, capturable=self.capturable)
-
-    def _again(self, ready: Ready, params: Any, grads: Any) -> bool:
-        """The step over arrays that are what they were at the last one, checked by `Ready`. False: do it in full."""
-        _, recipe, constants = self._derived()
-        if recipe is not ready.recipe or selected() == "reference":
-            return False
-        state = self._state
-        # A schedule may do anything to the containers: it is called after the arrays are held.
-        if ready.direct is not None and constants is not None and self._directly(ready, constants, params, grads):
-            return True
-        columns = ready.columns(params, grads, state["slots"])
-        if columns is None:
-            return False
-        # The schedules come between: the arrays are held by now, and what schedules do to them is seen by the watch.
-        values = self._scalars(recipe, checked_step(state))
-        if not ready.unchanged(columns):
-            return False
-        if ready.on_gpu:
-            return self._again_on_gpu(ready, values)
-        ready.copy(columns)
-        if recipe.reductions:
-            sums = ready.plan.squares(values, ready.odd(columns))
-            values.append(finite_norm(ready.gradient_names, dict(zip(ready.keys, sums.tolist(), strict=True))))
-        _counted(state, ready.run, values, params, columns)
-        return True
-
-    def _directly(self, ready: Ready, constants: tuple[float, ...], params: Any, grads: Any) -> bool:
-        """A step in a single call; False if it was not made, because anything may have changed."""
-        state = self._state
-        slots = state["slots"]
-        if type(slots) is not dict:
-            return False
-        ready.plan.set_inputs((checked_step(state) + 1, *constants))
-        containers = (params, grads, *[slots.get(name) for name in ready.recipe.slots])
-        return _counted(state, ready.direct.run, containers)
-
-    def _again_on_gpu(self, ready: Ready, values: list[float]) -> bool:
-        """The same for CuPy arrays. While a graph is captured, nothing is done yet, and so nothing is counted."""
-        counter, capturing = self._counter, any(map(driver.capturing, ready.plan.devices))
-        counted = self.capturable or bool(ready.recipe.reductions)
-        if (counter is not None) is not counted:
-            return False
-        if capturing:
-            if not self.capturable or counter.expected != self._state["step"]:
-                return False  # an error, which the full step raises
-            self._turns.captured = True
-            object.__setattr__(self, "_captured", ready.plan)
-            self._kept.append(ready.plan)
-            ready.plan.run_on_device(values, counter, from_state=True)
-            return True
-        self._turns.begin(ready.plan.devices)
-        try:
-            if counter is None:
-                ready.plan.run(values)
-            else:
-                if counter.expected != self._state["step"]:
-                    counter.write(self._state["step"])
-                ready.plan.run_on_device(values, counter, from_state=False)
-            self._state["step"] += 1
-            if counter is not None:
-                counter.expected += 1
-        finally:
-            self._turns.end(ready.plan.devices)
-        return True
+        return self._stepper.apply(self, params, grads, state)
 
     @exclusive
     def prepare_replay(self) -> None:
@@ -636,19 +280,11 @@ class Optimizer:
                     opt.prepare_replay()
                     graph.launch(stream)
         """
-        counter, plan = self._counter, self._captured
-        if counter is None or plan is None:
+        if not self._stepper.prepare_replay(self):
             raise RuntimeError(
                 "prepare_replay: no update of this optimizer was captured (make it with capturable=True, "
                 "run update once on CuPy arrays, then capture one)"
             )
-        if plan.recipe != self._recipe:
-            raise RuntimeError("prepare_replay: an option was switched on or off since the capture: capture again")
-        self._turns.refuse_capture("a replay cannot be prepared", plan.devices)
-        with self._turns.taken(plan.devices):
-            plan.set_inputs(self._scalars(self._recipe, self._state["step"]), counter)
-        self._state["step"] += 1
-        counter.expected += 1
 
     # -----------------------------------------------------------------------------------------------------------------
     # Saving
@@ -671,8 +307,8 @@ class Optimizer:
         return {
             "class": public_name(type(self)),
             "hyperparameters": values,
-            "parameters": recorded_signature(self._known),
-            **self._copied_state(),
+            "parameters": recorded_signature(self._stepper.known),
+            **self._stepper.copied(),
         }
 
     @exclusive
@@ -697,24 +333,8 @@ class Optimizer:
         if "class" not in d:
             raise ValueError(f"{name}.load_state_dict takes what state_dict() returns, which has an entry 'class'")
         check_class(type(self), d["class"])
-        state = plain_state(type(self).__name__, self._slot_names(), d)
-        with self._turns.apart("a state cannot be loaded", gpus(state)):
-            state = copied_state(state)
-        known = loaded_signature(name, d)
-        if self._state["slots"]:
-            check_same(self._state["slots"], state["slots"])
-        if self._known is not None and known is not None:
-            check_same_parameters(self._known, known)
-        object.__setattr__(self, "_known", known if self._known is None else self._known)
-        if self._captured is not None:  # a graph writes to the old slots: it must not be replayed, nor its memory freed
-            self._kept.append(self._state)
-            object.__setattr__(self, "_captured", None)
-        self._turns.release()
-        object.__setattr__(self, "_state", state)
-        object.__setattr__(self, "_ready", None)
-        if self._counter is not None:
-            with self._turns.taken([self._counter.device]):
-                self._counter.write(state["step"])
+        state = plain_state(name, self._slot_names(), d)
+        self._stepper.load(state, loaded_signature(name, d))
 
     # -----------------------------------------------------------------------------------------------------------------
     # Looking inside
@@ -729,11 +349,7 @@ class Optimizer:
         W    fused   dense NumPy arrays of equal layout
         x    fused   a Python float, through an array of its own; replaced in its container
         """
-        leaves = pairs(params, ABSENT if grads is None else grads)
-        check(leaves, writing=True)
-        check_signature(type(self).__name__, self._known, leaves)
-        slots_for(type(self).__name__, self._slot_starts(), leaves, self._state)
-        return Report(Served(leaf.key, *engine_for(self._recipe, leaf, grads is not None)) for leaf in leaves)
+        return self._stepper.explain(self, params, grads)
 
     def source(self, kind: str, dtype: str = "float32", grad_dtype: str | None = None) -> Source:
         """The traced program (``"graph"``), or the code made of it (``"llvm"``, ``"cuda"``), for one parameter dtype.
@@ -770,36 +386,13 @@ class Optimizer:
             raise ValueError(
                 f"{type(self).__name__} says fused = False: its rule is plain code, of which no program is made"
             )
-        passes = self._tracing().programs(dtype, grad_dtype or dtype).values()
+        passes = self._stepper.traced(self).programs(dtype, grad_dtype or dtype).values()
         return Source("\n\n".join(writers[kind](program) for program in passes))
 
 
 # Outside of the class, so that type checkers go on to refuse these names.
 for _name in habits.METHODS:
     setattr(Optimizer, _name, habits.Elsewhere(_name))
-
-
-def _counted(state: State, run: Callable[..., Any], *arguments: Any) -> Any:
-    """``run(*arguments, made)``, and the step is counted if it was made: if ``made`` has become 1.
-
-    It is counted first: Ctrl-C during the kernels takes effect after them, and must find the step counted.
-    """
-    made = ctypes.c_int64()
-    state["step"] += 1
-    try:
-        return run(*arguments, made)
-    finally:
-        if not made.value:
-            state["step"] -= 1
-
-
-def _refuse_capture(devices: set[int]) -> None:
-    """A step that must check, compile or allocate cannot be captured in a CUDA graph."""
-    if any(map(driver.capturing, devices)):
-        raise RuntimeError(
-            "update cannot be captured now: make the optimizer with capturable=True, and run update once on the "
-            "same arrays (and with the same options) before the capture"
-        )
 
 
 class Source(str):

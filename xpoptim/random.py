@@ -22,8 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .arrays.memory import on_device
-from .arrays.namespaces import space_of, standard
+from .arrays.namespaces.lookup import library_behind, standard
 from .sync.atomic import Atomic
 
 __all__ = ["seed", "words"]
@@ -133,7 +132,7 @@ def words(seed: int, stream: int, n: int, xp: Any = None, *, start_block: int = 
         return lib.astype(lane, lib.uint32)
 
     xp = standard(xp)
-    with on_device(xp, device):
+    with library_behind(xp).on(device):
         return _draw(convert, "uint32", seed, stream, n, start_block, xp, device)
 
 
@@ -174,14 +173,15 @@ def _draw(
     device: Any,
 ) -> Any:
     """``convert(lane)`` of ``n`` words, piece by piece, so that no temporary grows with ``n``."""
-    if not _has_wrapping_products(xp):
+    library = library_behind(xp)
+    if not library.wrapping_products:
         on_host = _draw(convert, dtype, seed, stream, n, start_block, np, None)
         return xp.asarray(on_host)
 
     # torch has no uint64 arithmetic; its int64 product wraps to the same bits.
-    signed = space_of(xp) == "torch"
-    mulhilo, lane_dtype = (_mulhilo_signed, xp.int64) if signed else (_mulhilo_unsigned, xp.uint64)
-    piece = PIECE_ON_GPU if on_gpu(xp, device) else PIECE_ON_HOST
+    unsigned = library.unsigned_integers
+    mulhilo, lane_dtype = (_mulhilo_unsigned, xp.uint64) if unsigned else (_mulhilo_signed, xp.int64)
+    piece = PIECE_ON_GPU if library.launches(device) else PIECE_ON_HOST
     keys = round_keys(seed)
     out = xp.empty(n, dtype=getattr(xp, dtype), device=device)
     for first, stop in _pieces(start_block, start_block + _blocks(n), piece):
@@ -195,11 +195,6 @@ def _draw(
     return out
 
 
-def on_gpu(xp: Any, device: Any) -> bool:
-    """Whether operations of ``xp`` on a device are launches of kernels."""
-    return space_of(xp) == "cupy" or "cuda" in str(device)
-
-
 def _blocks(n: int) -> int:
     return (n + 3) // 4
 
@@ -210,11 +205,6 @@ def _pieces(start: int, stop: int, piece: int) -> Iterator[tuple[int, int]]:
         end = min(stop, (start // piece + 1) * piece)
         yield start, end
         start = end
-
-
-def _has_wrapping_products(xp: Any) -> bool:
-    """Whether ``xp`` multiplies 64-bit integers modulo 2**64; the standard leaves it open, hence a list."""
-    return space_of(xp) in ("numpy", "cupy", "torch", "array_api_strict")
 
 
 # --- Seeds ----------------------------------------------------------------------------------------------

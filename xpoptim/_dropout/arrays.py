@@ -11,10 +11,10 @@ import numpy as np
 
 from ..arrays.dtypes import COMPLEX_DTYPES, REAL_DTYPES, compute_dtype
 from ..arrays.memory import extent, overlap, overlaps_itself
-from ..arrays.namespaces import device_of, dtype_name, namespace, namespace_name, space_of
+from ..arrays.namespaces.libraries import Library
+from ..arrays.namespaces.lookup import dtype_name, library_of
 from ..engines import blocks
 from ..engines.choose import selected
-from ..random import on_gpu
 
 # Elements that the reference handles at once, so that temporaries stay in the cache whatever the size of x. On a GPU
 # each operation is a launch, which larger pieces repay.
@@ -28,24 +28,25 @@ Definition = Callable[[Any, Any, Any, Any, Any], Any]
 class Operand(NamedTuple):
     """One array to work on, checked, and where its result goes."""
 
+    library: Library
     xp: Any
     x: Any
     out: Any  # None: a new array
     device: Any
     dtype: str
     is_scalar: bool
-    by_kernel: bool  # else by the reference
+    takes_kernel: bool  # else the reference
 
     def result(self, y: Any) -> Any:
         return y[()] if self.is_scalar and self.out is None else y
 
 
-def operand(name: str, x: Any, out: Any) -> Operand:
+def checked(name: str, x: Any, out: Any) -> Operand:
     is_scalar = isinstance(x, (bool, int, float, complex, np.generic))
     if is_scalar or isinstance(x, np.ndarray):
         x = np.asarray(x)
-    space = namespace_name(x)
-    if space is None:
+    library = library_of(x)
+    if library is None:
         raise TypeError(f"{name} must be an array or a scalar, not {type(x).__name__}")
     dtype = dtype_name(x)
     if dtype not in REAL_DTYPES + COMPLEX_DTYPES:
@@ -54,27 +55,30 @@ def operand(name: str, x: Any, out: Any) -> Operand:
             "convert it first, for example to float32"
         )
     if out is not None:
-        _check_out(name, x, out, space)
-    # JAX chooses the device of what it is given itself, and under jit a device has no meaning.
-    device = None if space == "jax" else device_of(x)
-    by_kernel = _wants_kernel(name, x, dtype)
-    return Operand(namespace(x), x, out, device, dtype, is_scalar, by_kernel)
+        _check_out(name, x, out, library)
+    takes_kernel = _takes_kernel(name, x, dtype)
+    return Operand(library, library.namespace(x), x, out, library.placement(x), dtype, is_scalar, takes_kernel)
 
 
-def _check_out(name: str, x: Any, out: Any, space: str) -> None:
-    if isinstance(out, np.generic) or namespace_name(out) is None:
+def _check_out(name: str, x: Any, out: Any, library: Library) -> None:
+    other = library_of(out)
+    if isinstance(out, np.generic) or other is None:
         raise TypeError(f"out must be a mutable array, not {type(out).__name__}")
-    if "jax" in (space, namespace_name(out)):
-        raise TypeError("out must be a mutable array, but JAX arrays are immutable: use the value that is returned")
-    if namespace(out) is not namespace(x):
-        raise TypeError(f"out is of {namespace_name(out)} but {name} is of {namespace_name(x)}")
+    for one in (library, other):
+        if not one.mutable:
+            raise TypeError(
+                f"out must be a mutable array, but {one.title} arrays are immutable: use the value that is returned"
+            )
+    if other is not library:
+        raise TypeError(f"out is of {other.name} but {name} is of {library.name}")
     if out.dtype != x.dtype:
         raise TypeError(f"out has dtype {out.dtype} but {name} has dtype {x.dtype}: they must be equal")
     if tuple(out.shape) != tuple(x.shape):
         raise ValueError(f"out has shape {tuple(out.shape)} but {name} has shape {tuple(x.shape)}: they must be equal")
-    if device_of(out) != device_of(x):
-        raise ValueError(f"out is on {device_of(out)} but {name} is on {device_of(x)}: they must be on one device")
-    if isinstance(out, np.ndarray) and not out.flags.writeable:
+    here, there = library.device(out), library.device(x)
+    if here != there:
+        raise ValueError(f"out is on {here} but {name} is on {there}: they must be on one device")
+    if not library.writable(out):
         raise ValueError("out is read-only: give an array that can be written, or none")
     if overlaps_itself(out):
         raise ValueError("out has elements that share their memory (as after broadcasting): give a copy")
@@ -83,18 +87,18 @@ def _check_out(name: str, x: Any, out: Any, space: str) -> None:
 # --- The reference --------------------------------------------------------------------------------------
 
 
-def reference(leaf: Operand, keep: Any, scale: float, definition: Definition) -> Any:
+def by_reference(operand: Operand, keep: Any, scale: float, definition: Definition) -> Any:
     """The definition carried out on a whole array, real or complex, piece by piece; a keep of None keeps all."""
-    xp, x, out = leaf.xp, leaf.x, leaf.out
-    factor = xp.asarray(scale, dtype=getattr(xp, compute_dtype(leaf.dtype)), device=leaf.device)
+    xp, x, out = operand.xp, operand.x, operand.out
+    factor = xp.asarray(scale, dtype=getattr(xp, compute_dtype(operand.dtype)), device=operand.device)
     keep = None if keep is None else xp.broadcast_to(keep, x.shape)
-    if space_of(xp) == "jax":
-        return _immutable(leaf, keep, factor, definition)
+    if not operand.library.mutable:
+        return _immutable(operand, keep, factor, definition)
     if out is None:
         out = xp.empty_like(x)
     elif out is not x and not _apart(x, out):
         x = xp.asarray(x, copy=True)
-    most = PIECE_ON_GPU if on_gpu(xp, leaf.device) else PIECE
+    most = PIECE_ON_GPU if operand.library.launches(operand.device) else PIECE
     with np.errstate(all="ignore"):  # inf * 0 and overflow have the results of IEEE 754, without a warning
         for source, target in zip(_real_parts(xp, x), _real_parts(xp, out), strict=True):
             for piece in _pieces(tuple(x.shape), most):
@@ -103,11 +107,9 @@ def reference(leaf: Operand, keep: Any, scale: float, definition: Definition) ->
     return out
 
 
-def _immutable(leaf: Operand, keep: Any, factor: Any, definition: Definition) -> Any:
-    import jax
-
-    parts = [_part(leaf.xp, part, keep, factor, definition) for part in _real_parts(leaf.xp, leaf.x)]
-    return parts[0] if len(parts) == 1 else jax.lax.complex(*parts)
+def _immutable(operand: Operand, keep: Any, factor: Any, definition: Definition) -> Any:
+    parts = [_part(operand.xp, part, keep, factor, definition) for part in _real_parts(operand.xp, operand.x)]
+    return parts[0] if len(parts) == 1 else operand.library.joined(*parts)
 
 
 def _part(xp: Any, x: Any, keep: Any, factor: Any, definition: Definition) -> Any:
@@ -138,28 +140,20 @@ def _pieces(shape: tuple[int, ...], most: int) -> Iterator[tuple[Any, ...]]:
 # --- The kernels ----------------------------------------------------------------------------------------
 
 
-def _wants_kernel(name: str, x: Any, dtype: str) -> bool:
+def _takes_kernel(name: str, x: Any, dtype: str) -> bool:
     """Whether the engine in force means a kernel for this array."""
     engine = selected()
     if engine == "reference":
         return False
-    reason = _obstacle(x, dtype)
+    reason = blocks.obstacle(x, dtype)
     if engine == "fused" and reason:
         raise ValueError(f'{name} cannot take the fused path: {reason} (xo.engine("auto") allows it)')
     return not reason
 
 
-def _obstacle(x: Any, dtype: str) -> str:
-    """Why no kernel can serve an array, or an empty string."""
-    space = namespace_name(x)
-    if space not in ("numpy", "cupy"):
-        return f"there is no fused engine for {space} arrays"
-    return blocks.obstacle(x, dtype)
-
-
-def fused(leaf: Operand, kernel: blocks.Kernel, scale: float, words: list[int]) -> Any:
+def by_kernel(operand: Operand, kernel: blocks.Kernel, scale: float, words: list[int]) -> Any:
     """The kernel over a whole array; what does not lie in C order goes through a copy that does."""
-    xp, x, out = leaf.xp, leaf.x, leaf.out
+    xp, x, out = operand.xp, operand.x, operand.out
     if x.flags.c_contiguous and (out is None or _one_pass(x, out)):
         y = xp.empty_like(x) if out is None else out
         kernel.run(x, y, [scale], words)

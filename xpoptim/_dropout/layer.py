@@ -24,13 +24,13 @@ import numpy as np
 
 from .. import random
 from ..arrays.dtypes import PART, compute_dtype
-from ..arrays.memory import on_device
+from ..arrays.namespaces.lookup import library_behind
 from ..engines.blocks import Kernel
 from ..errors.hints import near
 from ..sync.atomic import Atomic
 from ..trace.program import Buffer
 from ..trace.tracer import trace_blocks
-from .arrays import Operand, fused, operand, reference
+from .arrays import Operand, by_kernel, by_reference, checked
 
 __all__ = ["Dropout", "dropout"]
 
@@ -109,30 +109,30 @@ def _traced(name: str, function: Callable[..., list[Any]], words: tuple[str, ...
     )
 
 
-def _train(leaf: Operand, settings: _Settings, seed: int, stream: int) -> Any:
+def _train(operand: Operand, settings: _Settings, seed: int, stream: int) -> Any:
     limit, scale = random.threshold(settings.ratio), settings.train_scale()
-    shared = _normalised(settings.axes, leaf.x.shape)
-    with on_device(leaf.xp, leaf.device):
-        if not shared and 0 < limit < 2**32 and leaf.by_kernel:
+    shared = _normalised(settings.axes, operand.x.shape)
+    with operand.library.on(operand.device):
+        if not shared and 0 < limit < 2**32 and operand.takes_kernel:
             keys = [half for pair in random.round_keys(seed) for half in pair]
             words = [limit, stream & random.MASK32, stream >> 32, *keys]
-            return fused(leaf, kernel(leaf.dtype), scale, words)
-        keep = _keep(leaf.xp, leaf.device, leaf.x.shape, settings, seed, stream) if limit else None
-        return _masked(leaf, keep, scale)
+            return by_kernel(operand, kernel(operand.dtype), scale, words)
+        keep = _keep(operand.xp, operand.device, operand.x.shape, settings, seed, stream) if limit else None
+        return _masked(operand, keep, scale)
 
 
-def _test(leaf: Operand, settings: _Settings) -> Any:
-    with on_device(leaf.xp, leaf.device):
-        return _masked(leaf, None, settings.test_scale())
+def _test(operand: Operand, settings: _Settings) -> Any:
+    with operand.library.on(operand.device):
+        return _masked(operand, None, settings.test_scale())
 
 
-def _masked(leaf: Operand, keep: Any, scale: float) -> Any:
+def _masked(operand: Operand, keep: Any, scale: float) -> Any:
     """The definition with a mask that is there already, or with none."""
-    if not leaf.by_kernel:
-        return reference(leaf, keep, scale, _dropped)
-    y = fused(leaf, scaling_kernel(leaf.dtype), scale, [])
+    if not operand.takes_kernel:
+        return by_reference(operand, keep, scale, _dropped)
+    y = by_kernel(operand, scaling_kernel(operand.dtype), scale, [])
     if keep is not None:
-        leaf.xp.copyto(y, 0, where=~keep)
+        operand.xp.copyto(y, 0, where=~keep)
     return y
 
 
@@ -185,8 +185,8 @@ def dropout(x: Any, ratio: float, *, seed: int, stream: int, inverted: bool = Fa
     settings = _Settings(_checked_ratio("ratio", ratio), _checked_bool("inverted", inverted), ())
     seed = random.checked_int("seed", seed, 2**64)
     stream = random.checked_int("stream", stream, 2**63)
-    leaf = operand("x", x, None)
-    return leaf.result(_train(leaf, settings, seed, stream))
+    operand = checked("x", x, None)
+    return operand.result(_train(operand, settings, seed, stream))
 
 
 _P = ParamSpec("_P")
@@ -338,13 +338,13 @@ class Dropout:
             If ``out`` has another shape, is read-only, or an axis of ``broadcast_axes`` is none of x's.
         """
         train = _checked_bool("train_flg", train_flg)
-        leaf = operand("x", x, out)
+        operand = checked("x", x, out)
         if not train:
-            return leaf.result(_test(leaf, self._state.get().settings))
-        shape, namespace, device = tuple(leaf.x.shape), leaf.xp.__name__, leaf.device
+            return operand.result(_test(operand, self._state.get().settings))
+        shape, namespace, device = tuple(operand.x.shape), operand.xp.__name__, operand.device
         state = self._state.change(lambda state: state.counted(shape, namespace, device))
         forward = state.known("forward").forward
-        y = leaf.result(_train(leaf, forward.settings, state.seed, state.stream(forward.call)))
+        y = operand.result(_train(operand, forward.settings, state.seed, state.stream(forward.call)))
         state.threads.forward = forward
         return y
 
@@ -377,11 +377,11 @@ class Dropout:
             ``broadcast_axes`` were changed after ``call``, unless it is the calling thread's latest.
         """
         state = self._state.get()
-        leaf = operand("dout", dout, out)
-        shape = tuple(leaf.x.shape)
+        operand = checked("dout", dout, out)
+        shape = tuple(operand.x.shape)
         forward = state.own("backward") if call is None else state.numbered(call, shape)
         forward.check(shape)
-        return leaf.result(_train(leaf, forward.settings, state.seed, state.stream(forward.call)))
+        return operand.result(_train(operand, forward.settings, state.seed, state.stream(forward.call)))
 
     @property
     def mask(self) -> Any:
@@ -389,7 +389,7 @@ class Dropout:
         state = self._state.get()
         forward = state.own("mask")
         shape, settings, xp = forward.shape, forward.settings, importlib.import_module(forward.namespace)
-        with on_device(xp, forward.device):
+        with library_behind(xp).on(forward.device):
             keep = _keep(xp, forward.device, shape, settings, state.seed, state.stream(forward.call))
             return xp.asarray(xp.broadcast_to(keep, shape), copy=True) if settings.axes else keep
 

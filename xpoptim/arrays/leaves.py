@@ -17,7 +17,8 @@ import numpy as np
 
 from ..errors import habits
 from .dtypes import COMPLEX_DTYPES, REAL_DTYPES
-from .namespaces import detached, device_of, dtype_name, namespace, namespace_name
+from .namespaces.libraries import NUMPY, Library
+from .namespaces.lookup import dtype_name, library_of
 
 _LONE = "param"
 _CONTAINERS = (dict, list, tuple)
@@ -34,7 +35,7 @@ class Leaf:
     p: Any = None  # the array to be updated: `given`, or a 0-d array made of a number
     g: Any = None  # the gradient as an array, or None
     slots: list[Any] = field(default_factory=list)
-    space: str = "numpy"  # the namespace's name
+    library: Library = NUMPY
     dtype: str = ""
     g_dtype: str = ""
     layout: str = ""  # why it cannot take the fused path, if it cannot
@@ -46,7 +47,7 @@ class Leaf:
     @property
     def mutable(self) -> bool:
         """Whether `p` can be written to: JAX arrays cannot, the 0-d array of a number can."""
-        return self.space != "jax"
+        return self.library.mutable
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -295,29 +296,24 @@ def resolve_parameter(leaf: Leaf, *, writing: bool) -> None:
     if isinstance(given, complex) and not isinstance(given, np.generic):
         raise TypeError(f"{name} is a Python complex: use np.complex128({given!r}) or an array")
     if isinstance(given, float) and not isinstance(given, np.generic):
-        leaf.p, leaf.space, leaf.dtype = np.array(given), "numpy", "float64"
+        leaf.p, leaf.library, leaf.dtype = np.array(given), NUMPY, "float64"
         _needs_home(leaf, writing)
         return
-    space = namespace_name(given)
-    if space is None:
+    library = library_of(given)
+    if library is None:
         _not_a_parameter(leaf)
     _refuse_masked(name, given)
-    leaf.space, leaf.dtype = space, dtype_name(given)
+    leaf.library, leaf.dtype = library, dtype_name(given)
     if leaf.dtype not in REAL_DTYPES and leaf.dtype not in COMPLEX_DTYPES:
         _bad_dtype(name, leaf.dtype, REAL_DTYPES + COMPLEX_DTYPES)
     if isinstance(given, np.generic):
         leaf.p = np.array(given)
         _needs_home(leaf, writing)
-    elif space == "jax":
-        leaf.p = given
-        _needs_home(leaf, writing)
     else:
-        leaf.p = (
-            given.view(np.ndarray)
-            if isinstance(given, np.ndarray) and type(given) is not np.ndarray
-            else detached(given)
-        )
-        if writing and space == "numpy" and not leaf.p.flags.writeable:
+        leaf.p = library.plain(given)
+        if not library.mutable:
+            _needs_home(leaf, writing)
+        elif writing and not library.writable(leaf.p):
             raise ValueError(f"{name} is read-only and cannot be updated in place: pass a writable copy, or use apply")
 
 
@@ -341,7 +337,7 @@ def _not_a_parameter(leaf: Leaf) -> NoReturn:
 
 
 def _needs_home(leaf: Leaf, writing: bool) -> None:
-    """A number or a JAX array cannot be written to: `update` puts a new one in its dict or list."""
+    """A number or an immutable array cannot be written to: `update` puts a new one in its dict or list."""
     if writing and not isinstance(leaf.home, dict | list):
         place = "stands alone" if leaf.home is None else "stands in a tuple"
         raise TypeError(
@@ -364,12 +360,14 @@ def resolve_gradient(leaf: Leaf) -> None:
     name, of = leaf.named("grads"), leaf.named("params")
     if _is_number(g):
         g = _number_gradient(leaf, g, name)
-    space = namespace_name(g)
-    if space is None:
+    library = library_of(g)
+    if library is None:
         advice = habits.instead(g) or "a gradient is an array like its parameter, or None"
         raise TypeError(f"{name} is {_kind(g)}: {advice}")
-    if space != leaf.space:
-        raise TypeError(f"{name} is a {space} array but {of} is a {leaf.space} array: bring both to one namespace")
+    if library is not leaf.library:
+        raise TypeError(
+            f"{name} is a {library.name} array but {of} is a {leaf.library.name} array: bring both to one namespace"
+        )
     _refuse_masked(name, g)
     leaf.g_dtype = dtype_name(g)
     if leaf.g_dtype in COMPLEX_DTYPES and leaf.dtype not in COMPLEX_DTYPES:
@@ -378,11 +376,10 @@ def resolve_gradient(leaf: Leaf) -> None:
         _bad_dtype(name, leaf.g_dtype, REAL_DTYPES + (COMPLEX_DTYPES if leaf.dtype in COMPLEX_DTYPES else ()))
     if tuple(g.shape) != tuple(leaf.p.shape):
         raise ValueError(f"{name} has shape {tuple(g.shape)} but {of} has shape {tuple(leaf.p.shape)}")
-    if space != "numpy" and device_of(g) != device_of(leaf.p):
-        raise ValueError(f"{name} is on {device_of(g)} but {of} is on {device_of(leaf.p)}: bring both to one device")
-    if isinstance(g, np.generic):
-        g = np.asarray(g)
-    leaf.g = g.view(np.ndarray) if isinstance(g, np.ndarray) and type(g) is not np.ndarray else detached(g)
+    here, there = library.device(g), library.device(leaf.p)
+    if here != there:
+        raise ValueError(f"{name} is on {here} but {of} is on {there}: bring both to one device")
+    leaf.g = library.plain(g)
 
 
 def _number_gradient(leaf: Leaf, g: Any, name: str) -> Any:
@@ -395,10 +392,7 @@ def _number_gradient(leaf: Leaf, g: Any, name: str) -> Any:
         g = g if isinstance(g, complex) else float(g)
     except OverflowError:
         raise ValueError(f"{name} is an integer beyond the floats: a gradient is a float") from None
-    if leaf.space == "numpy":
-        return np.array(g)
-    xp = namespace(leaf.p)
-    return xp.asarray(g, dtype=leaf.p.dtype, device=device_of(leaf.p))
+    return leaf.library.number(g, leaf.p)
 
 
 def replaced(leaf: Leaf) -> bool:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
 
-from .namespaces import namespace, namespace_name, space_of
+from .namespaces.lookup import library_of
 
 
 def dense_alike(arrays: list[Any]) -> bool:
@@ -32,34 +31,10 @@ def dense_alike(arrays: list[Any]) -> bool:
     return True
 
 
-class _Extent:
-    """The memory of an array as NumPy sees it: an address with shape and strides, never dereferenced."""
-
-    def __init__(self, pointer: int, shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> None:
-        self.__array_interface__ = {
-            "data": (pointer, False),
-            "shape": shape,
-            "strides": strides,
-            "typestr": f"|V{itemsize}",
-            "version": 3,
-        }
-
-
 def extent(x: Any) -> np.ndarray | None:
     """An array whose memory can be compared with `overlap`; None where the library does not say where it lies."""
-    if isinstance(x, np.ndarray):
-        return x
-    if hasattr(x, "data_ptr"):  # torch
-        size = x.element_size()
-        return _extent(x.data_ptr(), tuple(x.shape), tuple(s * size for s in x.stride()), size)
-    if hasattr(getattr(x, "data", None), "ptr"):  # CuPy; its __cuda_array_interface__ may wait for a stream
-        return _extent(x.data.ptr, x.shape, x.strides, x.itemsize)
-    inner = getattr(x, "_array", None)  # array-api-strict
-    return inner if isinstance(inner, np.ndarray) else None
-
-
-def _extent(pointer: int, shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> np.ndarray | None:
-    return np.asarray(_Extent(pointer, shape, strides, itemsize)) if pointer else None
+    library = library_of(x)
+    return None if library is None else library.extent(x)
 
 
 _EFFORT: Any = 100_000  # of the exact search; NumPy types it as one of two constants
@@ -75,13 +50,11 @@ def overlap(a: np.ndarray, b: np.ndarray) -> bool:
 
 def overlaps_itself(x: Any) -> bool:
     """True unless the strides nest, as those of every slice, transpose or reshape of an ordinary array do."""
-    if hasattr(x, "stride"):  # torch counts strides in elements
-        strides, reach = x.stride(), 1
-    else:
-        strides, reach = getattr(x, "strides", None), getattr(x, "itemsize", 1)
-    if strides is None or 0 in x.shape:
+    place = extent(x)
+    if place is None or not place.size:
         return False
-    for stride, n in sorted((abs(s), n) for s, n in zip(strides, x.shape, strict=True) if n > 1):
+    reach = place.itemsize
+    for stride, n in sorted((abs(s), n) for s, n in zip(place.strides, place.shape, strict=True) if n > 1):
         if stride < reach:
             return True
         reach += (n - 1) * stride
@@ -126,37 +99,3 @@ class Written:
             if end > low and overlap(self._arrays[i], g):
                 return True
         return False
-
-
-def copied(x: Any) -> Any:
-    """A copy in memory of its own, in the same layout where the library can."""
-    if isinstance(x, np.ndarray):
-        return np.array(x, order="K", copy=True)
-    if hasattr(x, "clone"):
-        return x.clone()
-    space = namespace_name(x)
-    if space == "jax":
-        return x
-    if space == "cupy":
-        from ..engines.cuda import driver
-
-        return driver.copied(x)
-    return namespace(x).asarray(x, copy=True)
-
-
-def beside(x: Any) -> AbstractContextManager[Any]:
-    """A block in which CuPy, which allocates and computes on the current GPU, does so on the array's own."""
-    if isinstance(x, np.ndarray) or namespace_name(x) != "cupy":
-        return nullcontext()
-    from ..engines.cuda import driver
-
-    return driver.beside(x)
-
-
-def on_device(xp: Any, device: Any) -> AbstractContextManager[Any]:
-    """The same for a device of a namespace; None is the current one."""
-    if device is None or space_of(xp) != "cupy":
-        return nullcontext()
-    from ..engines.cuda import driver
-
-    return driver.on(int(device))

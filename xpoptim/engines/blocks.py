@@ -1,53 +1,42 @@
-"""Runs a block program over one array: on the CPU by LLVM and threads, on a GPU by CUDA."""
+"""A block program as a kernel over one array, by the engine of the array's library."""
 
 from __future__ import annotations
 
-from functools import cached_property
-from typing import Any
-
 import numpy as np
 
-from ..codegen.cuda import blocks as cuda_blocks
-from ..codegen.cuda.elementwise import THREADS
-from ..codegen.llvm import blocks as llvm_blocks
+from ..arrays.namespaces.lookup import library_with
 from ..trace.program import BlockProgram
 from ..trace.scalars import evaluate
-from .cpu import thread_pool
-from .cpu.threads import compiling
-
-_GRAIN = 1 << 13  # blocks of a task
+from .base import Array, BlockKernel, KernelEngine
+from .registry import kernels_for
 
 
-def obstacle(x: Any, dtype: str) -> str:
-    """Why the kernels cannot serve an array, or an empty string."""
-    if isinstance(x, np.ndarray):
-        if not x.dtype.isnative:
-            return "its bytes are not in the machine's order"
-        if dtype == "float16":
-            from .cpu.jit import half_precision
-
-            return "" if half_precision() else "this CPU has no instructions for float16"
-    return ""
+def obstacle(x: Array, dtype: str) -> str:
+    """Why no block kernel can serve an array, or an empty string."""
+    library = library_with(x)
+    engine = kernels_for(library)
+    return engine.block_obstacle(x, dtype) if engine else f"there is no fused engine for {library.name} arrays"
 
 
-def copy(to: Any, source: Any) -> None:
+def copy(to: Array, source: Array) -> None:
     """The values of an array into one of the same shape and dtype."""
-    if isinstance(source, np.ndarray):
-        to[...] = source
-    else:
-        from .cuda import driver
+    _engine_of(to).copy(to, source)
 
-        driver.copy(to, source)
+
+def _engine_of(x: Array) -> KernelEngine:
+    engine = kernels_for(library_with(x))
+    assert engine is not None
+    return engine
 
 
 class Kernel:
-    """A block program that runs on NumPy and CuPy arrays. It is compiled when an array first asks for it."""
+    """It is compiled for an engine when an array first asks for that."""
 
     def __init__(self, program: BlockProgram) -> None:
         self.program = program
-        self._on_cpu: dict[bool, tuple[int, Any]] = {}
+        self._kernels: dict[str, BlockKernel] = {}
 
-    def run(self, x: Any, y: Any, inputs: list[float], words: list[int]) -> None:
+    def run(self, x: Array, y: Array, inputs: list[float], words: list[int]) -> None:
         """Fill ``y`` from ``x``, both in C order: in the same memory, or in two that do not overlap.
 
         On a GPU it has to be the current one, and the work is done on the current stream.
@@ -58,40 +47,7 @@ class Kernel:
         real = np.float32 if self.program.compute == "float32" else np.float64
         with np.errstate(over="ignore"):
             scalars = np.array(evaluate(self.program, inputs) or [0.0]).astype(real)
-        run = self._run_on_cpu if isinstance(x, np.ndarray) else self._run_on_gpu
-        run(x, y, numbers, scalars, np.array(words or [0], np.uint32))
-
-    def _compiled(self, in_place: bool) -> int:
-        if in_place not in self._on_cpu:
-            with compiling:  # so that two threads do not compile the same, nor a fork comes between
-                if in_place not in self._on_cpu:
-                    from .cpu.jit import Module
-
-                    module = Module(
-                        llvm_blocks.assembly(self.program, in_place=in_place), subnormals=("prologue", "run")
-                    )
-                    self._on_cpu[in_place] = module.address("run"), module  # the module holds the code
-        return self._on_cpu[in_place][0]
-
-    def _run_on_cpu(self, x: np.ndarray, y: np.ndarray, numbers: int, scalars: np.ndarray, words: np.ndarray) -> None:
-        cursors = thread_pool.cursors()
-        source, target, *rest = (a.ctypes.data for a in (x, y, scalars, words))
-        job = np.array([cursors.ctypes.data, 0, source, target, numbers, *rest, _GRAIN], np.int64)
-        thread_pool.run(self._compiled(source == target), job.ctypes.data, numbers)
-
-    @cached_property
-    def _cuda(self) -> str:
-        return cuda_blocks.source(self.program)
-
-    def _run_on_gpu(self, x: Any, y: Any, numbers: int, scalars: np.ndarray, words: np.ndarray) -> None:
-        from .cuda import driver, plan
-
-        per_thread = len(self.program.lanes) * cuda_blocks.blocks_of_a_thread(self.program)
-        grid = -(-numbers // (per_thread * THREADS))
-        function = plan.kernel(self._cuda, "blocks", x.device.id)
-        # One structured element each, which a kernel gets by value.
-        by_value = (
-            scalars.view(cuda_blocks.scalars_dtype(self.program)),
-            words.view(cuda_blocks.words_dtype(self.program)),
-        )
-        driver.launch(function, grid, THREADS, (x, y, np.int64(numbers), *by_value))
+        library = library_with(x)
+        if library.name not in self._kernels:
+            self._kernels.setdefault(library.name, _engine_of(x).block_kernel(self.program))
+        self._kernels[library.name](x, y, numbers, scalars, np.array(words or [0], np.uint32))

@@ -5,20 +5,23 @@ It defines what the fused engines must give. Each array operation makes a new ar
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 
 from ..arrays.dtypes import COMPLEX_DTYPES, PART, compute_dtype
 from ..arrays.leaves import Leaf
-from ..arrays.namespaces import device_of, dtype_name, namespace
+from ..arrays.namespaces.lookup import beside, device_of, dtype_name, namespace
 from ..recipe.recipe import Recipe, Traced
 from ..trace.language import Functions, Value
 from ..trace.ops import BOOL, TABLE, Op, Type
 from ..trace.program import Node, Program
 from ..trace.scalars import evaluate
 from ..trace.sums import chunk_sums, fold
+from .base import Columns, Engine, Keeper, Made
+
+_R = TypeVar("_R")
 
 
 class Eager:
@@ -45,19 +48,71 @@ class Eager:
         return self.xp.asarray(float(scalar), dtype=self.dtype, device=self.device)
 
 
-def computed(traced: Traced, leaf: Leaf, values: list[float]) -> list[Any]:
-    """The leaf's new parameter and slots, in the compute dtype. ``values`` are the recipe's inputs, in order."""
+class Plan:
+    """Carries the passes out leaf by leaf, on arrays of any library."""
+
+    devices: Sequence[int] = ()
+    keeps_sums = False
+
+    def __init__(self, traced: Traced, leaves: list[Leaf]) -> None:
+        self._traced, self._leaves = traced, leaves
+        self._inputs: Sequence[float] = ()
+        self._sums: dict[str, float] = {}
+
+    def set_inputs(self, inputs: Sequence[float]) -> None:
+        self._inputs = inputs
+
+    def run(self, kind: str, made: Made) -> None:
+        if kind == "norm":
+            self._sums = {leaf.key: self._beside(_squares_sum, leaf) for leaf in self._leaves}
+            return
+        # A plain rule may raise for any leaf: it runs for all of them before the first write.
+        first = None if self._traced.recipe.fused else [self._beside(_computed, leaf) for leaf in self._leaves]
+        for i, leaf in enumerate(self._leaves):
+            results = self._beside(_computed, leaf) if first is None else first[i]
+            made.value = 1
+            with beside(leaf.p):
+                _write(leaf, results)
+        made.value = 1  # of nothing, too
+
+    def _beside(self, function: Callable[[Traced, Leaf, Sequence[float]], _R], leaf: Leaf) -> _R:
+        with beside(leaf.p):
+            return function(self._traced, leaf, self._inputs)
+
+    def sums(self) -> dict[str, float]:
+        return self._sums
+
+    def watch(self, columns: Columns, keys: list[list[Any]], copied: Iterable[int]) -> None:
+        return None
+
+    def direct(self, watch: object, container: type) -> None:
+        return None
+
+
+class _Reference:
+    def keeper(self) -> None:
+        return None
+
+    def plan(self, traced: Traced, leaves: list[Leaf], keeper: Keeper | None, *, capturable: bool, alone: bool) -> Plan:
+        return Plan(traced, leaves)
+
+
+ENGINE: Engine = _Reference()
+
+
+def _computed(traced: Traced, leaf: Leaf, inputs: Sequence[float]) -> list[Any]:
+    """The leaf's new parameter and slots, in the compute dtype."""
     xp, recipe = namespace(leaf.p), traced.recipe
     program = traced.programs(leaf.dtype, leaf.g_dtype).get("update")
     with np.errstate(all="ignore"):
         parts = [
-            _stored(program, xp, arrays, values) if program else _plain(recipe, xp, arrays, leaf.dtype, values)
+            _stored(program, xp, arrays, inputs) if program else _plain(recipe, xp, arrays, leaf.dtype, inputs)
             for arrays in _parts(xp, leaf)
         ]
-        return [_joined(xp, [part[i] for part in parts], leaf) for i in range(1 + len(leaf.slots))]
+        return [_joined([part[i] for part in parts], leaf) for i in range(1 + len(leaf.slots))]
 
 
-def write(leaf: Leaf, new: list[Any]) -> None:
+def _write(leaf: Leaf, new: list[Any]) -> None:
     """Write what was computed, or put new arrays in the place of immutable ones."""
     xp = namespace(leaf.p)
     with np.errstate(all="ignore"):
@@ -65,9 +120,9 @@ def write(leaf: Leaf, new: list[Any]) -> None:
         leaf.slots = [_put(xp, old, value, leaf.mutable) for old, value in zip(leaf.slots, new[1:], strict=True)]
 
 
-def _stored(program: Program, xp: Any, arrays: list[Any], values: list[float]) -> list[Any]:
+def _stored(program: Program, xp: Any, arrays: list[Any], inputs: Sequence[float]) -> list[Any]:
     """What a program stores, for one real array with its gradient and slots, in the compute dtype."""
-    known = _carried_out(program, xp, arrays, values, [node for _, node in program.stores])
+    known = _carried_out(program, xp, arrays, inputs, [node for _, node in program.stores])
     outputs = []
     for _, number in program.stores:
         raw = known[number]
@@ -78,12 +133,12 @@ def _stored(program: Program, xp: Any, arrays: list[Any], values: list[float]) -
 
 
 def _carried_out(
-    program: Program, xp: Any, arrays: list[Any], values: list[float], wanted: list[int]
+    program: Program, xp: Any, arrays: list[Any], inputs: Sequence[float], wanted: list[int]
 ) -> dict[int, Any]:
     """The wanted nodes of a program as arrays: one operation after the other, each array dropped after its last use."""
     compute, device = getattr(xp, program.compute), device_of(arrays[0])
-    scalars = dict(zip(program.scalars, evaluate(program, values), strict=True))
-    steps = list(program.steps(scalar=False))
+    scalars = dict(zip(program.scalars, evaluate(program, inputs), strict=True))
+    steps = program.steps(scalar=False)
     last = {operand: number for number, node in steps for operand in node.args}
     known: dict[int, Any] = {}
     for number, node in steps:
@@ -105,17 +160,17 @@ def _index(node: Node) -> int:
     return node.value
 
 
-def _plain(recipe: Recipe, xp: Any, arrays: list[Any], dtype: str, values: list[float]) -> list[Any]:
+def _plain(recipe: Recipe, xp: Any, arrays: list[Any], dtype: str, inputs: Sequence[float]) -> list[Any]:
     """One real array through a plain rule and the options around it: new parameter and slots in the compute dtype."""
     compute = getattr(xp, compute_dtype(dtype))
     cast = [xp.astype(a, compute, copy=False) for a in arrays]
     backend = Eager(recipe.name, xp, compute, device_of(arrays[0]))
     buffers = {name: Value(backend, a, argument=name) for name, a in zip(recipe.buffers, cast, strict=True)}
-    inputs = {
+    scalars = {
         name: Value(backend, np.float64(x), scalar=True, integral=name == "t", argument=name)
-        for name, x in zip(recipe.inputs, values, strict=True)
+        for name, x in zip(recipe.inputs, inputs, strict=True)
     }
-    result = recipe.update(Functions(backend), buffers, inputs)
+    result = recipe.update(Functions(backend), buffers, scalars)
     outputs = []
     for name in recipe.buffers:
         if name != "g":
@@ -145,21 +200,9 @@ def imag(xp: Any, a: Any) -> Any:
     return xp.imag(a) if dtype_name(a) in COMPLEX_DTYPES else xp.zeros_like(a)
 
 
-def _joined(xp: Any, parts: list[Any], leaf: Leaf) -> Any:
-    """The parts as one array again. Not ``re + 1j*im``, which makes NaN of an infinite part."""
-    if leaf.dtype not in PART:
-        return parts[0]
-    re, im = parts
-    if leaf.space == "jax":
-        import jax
-
-        return jax.lax.complex(re, im)
-    if leaf.space == "torch":
-        return xp.complex(re.contiguous(), im.contiguous())
-    host = np if leaf.space not in ("numpy", "cupy") else xp
-    out = host.empty(tuple(re.shape), dtype=leaf.dtype)
-    out.real, out.imag = (re, im) if host is xp else (np.asarray(re), np.asarray(im))
-    return out if host is xp else xp.asarray(out, device=device_of(leaf.p))
+def _joined(parts: list[Any], leaf: Leaf) -> Any:
+    """The parts as one array again."""
+    return parts[0] if len(parts) == 1 else leaf.library.joined(*parts)
 
 
 def _put(xp: Any, old: Any, new: Any, mutable: bool) -> Any:
@@ -170,18 +213,16 @@ def _put(xp: Any, old: Any, new: Any, mutable: bool) -> Any:
     return old
 
 
-def squares_sum(traced: Traced, leaf: Leaf, values: list[float]) -> float:
+def _squares_sum(traced: Traced, leaf: Leaf, inputs: Sequence[float]) -> float:
     """The float64 sum of the squares of the leaf's loaded gradient, by the tree of `trace.sums`."""
     xp = namespace(leaf.g)
     program = traced.programs(leaf.dtype, leaf.g_dtype)["norm"]
     reduced = program.reduces
     assert reduced is not None
     with np.errstate(all="ignore"):
-        parts = [_carried_out(program, xp, arrays, values, [reduced])[reduced] for arrays in _parts(xp, leaf)]
+        parts = [_carried_out(program, xp, arrays, inputs, [reduced])[reduced] for arrays in _parts(xp, leaf)]
         flat = xp.reshape(parts[0] if len(parts) == 1 else xp.stack(parts, axis=-1), (-1,))
-        if leaf.space == "jax":  # its float64 may be switched off
-            xp, flat = np, np.asarray(flat)
-        wide = xp.astype(flat, xp.float64)
+        xp, wide = leaf.library.in_float64(flat)
         if not wide.shape[0]:
             return 0.0
         return float(fold(xp, chunk_sums(xp, wide * wide)))

@@ -10,11 +10,12 @@ import numpy as np
 
 from ..arrays.dtypes import slot_dtype
 from ..arrays.leaves import Leaf
-from ..arrays.memory import beside, copied
-from ..arrays.namespaces import device_of, dtype_name, namespace, namespace_name
+from ..arrays.namespaces.libraries import NUMPY
+from ..arrays.namespaces.lookup import beside, dtype_name, library_of, library_with
 
 State = dict[str, Any]
 Slots = Mapping[str, Any]  # names of slots with their start: a number, or a function of the parameter
+SlotArrays = dict[str, dict[str, Any]]  # by the slots' names and the parameters' keys
 
 
 Signature = dict[str, tuple[Any, ...]]  # key: namespace, shape, dtype, device
@@ -22,7 +23,10 @@ Signature = dict[str, tuple[Any, ...]]  # key: namespace, shape, dtype, device
 
 def signature(leaves: list[Leaf]) -> Signature:
     """What the first step fixes for each leaf."""
-    return {leaf.key: (leaf.space, tuple(leaf.p.shape), leaf.dtype, str(device_of(leaf.p))) for leaf in leaves}
+    return {
+        leaf.key: (leaf.library.name, tuple(leaf.p.shape), leaf.dtype, str(leaf.library.device(leaf.p)))
+        for leaf in leaves
+    }
 
 
 def recorded_signature(known: Signature | None) -> dict[str, list[Any]] | None:
@@ -117,20 +121,25 @@ def _alike(now: tuple[Any, ...], known: tuple[Any, ...]) -> bool:
     return all(old in (None, new) for old, new in zip(known, now, strict=True))
 
 
-def fresh_slots(starts: Slots, leaves: list[Leaf]) -> dict[str, dict[str, Any]]:
+def fresh_slots(starts: Slots, leaves: list[Leaf]) -> SlotArrays:
     """The slots of leaves before the first step."""
     return {name: {leaf.key: _started(start, leaf, name) for leaf in leaves} for name, start in starts.items()}
 
 
-def slots_for(owner: str, starts: Slots, leaves: list[Leaf], state: State) -> dict[str, dict[str, Any]]:
-    """The slots of the state, checked against the leaves and handed to them; fresh ones before the first step."""
+def slots_for(
+    owner: str, starts: Slots, leaves: list[Leaf], state: State, started: SlotArrays | None = None
+) -> SlotArrays:
+    """The slots of the state, checked against the leaves and handed to them.
+
+    Before the first step, they are those that were ``started``, or fresh ones.
+    """
     slots = state["slots"]
     if not isinstance(slots, dict) or any(not isinstance(slots.get(name, {}), dict) for name in starts):
         raise ValueError(
             f"the state's slots are {slots!r}: they must be {{name: {{key: array}}}}, as {owner} made them"
         )
     if not slots and starts and state["step"] == 0:
-        slots = fresh_slots(starts, leaves)
+        slots = started if started is not None else fresh_slots(starts, leaves)
     _check_known(owner, leaves, slots, tuple(starts))
     for leaf in leaves:
         leaf.slots = [_fitting(slots[name][leaf.key], leaf, name) for name in starts]
@@ -148,12 +157,9 @@ def _started(start: Any, leaf: Leaf, name: str) -> Any:
 
 
 def _start_value(start: Any, leaf: Leaf, name: str) -> Any:
-    xp = namespace(leaf.p)
-    dtype = getattr(xp, slot_dtype(leaf.dtype))
+    xp = leaf.library.namespace(leaf.p)
     value = start(leaf.p) if callable(start) else start
-    zeros = (
-        np.zeros_like(leaf.p, dtype=dtype, order="K") if leaf.space == "numpy" else xp.zeros_like(leaf.p, dtype=dtype)
-    )
+    zeros = leaf.library.zeros_like(leaf.p, slot_dtype(leaf.dtype))
     if isinstance(value, int | float) and str(float(value)) == "0.0":
         return zeros
     if not hasattr(value, "shape"):
@@ -167,8 +173,8 @@ def _start_value(start: Any, leaf: Leaf, name: str) -> Any:
             f"but the parameter has shape {tuple(leaf.p.shape)}"
         )
     if not leaf.mutable:
-        return xp.astype(xp.broadcast_to(value, leaf.p.shape), dtype)
-    zeros[...] = xp.astype(xp.asarray(value), dtype)
+        return xp.astype(xp.broadcast_to(value, leaf.p.shape), zeros.dtype)
+    zeros[...] = xp.astype(xp.asarray(value), zeros.dtype)
     return zeros
 
 
@@ -200,26 +206,23 @@ def _fitting(slot: Any, leaf: Leaf, name: str) -> Any:
             f"{place} has shape {tuple(slot.shape)} and dtype {dtype_name(slot)}, but the parameter asks for shape "
             f"{tuple(leaf.p.shape)} and dtype {slot_dtype(leaf.dtype)}: shapes and dtypes are fixed by the first step"
         )
-    space = namespace_name(slot)
-    if space == leaf.space == "numpy":
-        return _native(slot, place)
-    if space == leaf.space and device_of(slot) == device_of(leaf.p):
-        return slot
-    if space == "cupy" and leaf.space in ("numpy", "cupy"):  # of another GPU: the state was loaded from there
-        from ..engines.cuda import driver
+    if library_of(slot) is leaf.library and leaf.library.device(slot) == leaf.library.device(leaf.p):
+        return _native(slot, place) if leaf.library is NUMPY else slot
+    return _brought(slot, leaf, place)
 
-        slot, space = driver.to_host(slot), "numpy"
-        if leaf.space == "numpy":
-            return slot
-    if space == leaf.space:
-        raise ValueError(f"{place} is on {device_of(slot)} but the parameter is on {device_of(leaf.p)}")
-    if space != "numpy":
-        raise ValueError(
-            f"{place} is a {space} array but the parameter is a {leaf.space} array: "
-            "the namespace is fixed by the first step"
-        )
-    return namespace(leaf.p).asarray(
-        np.array(slot), dtype=getattr(namespace(leaf.p), dtype_name(slot)), device=device_of(leaf.p)
+
+def _brought(slot: Any, leaf: Leaf, place: str) -> Any:
+    """A slot from elsewhere, as where the state was loaded from: beside its parameter."""
+    library = library_with(slot)
+    here, there = library.device(slot), leaf.library.device(leaf.p)
+    slot = library.portable(slot)
+    if library_of(slot) is NUMPY:
+        return leaf.library.brought(slot, leaf.p)
+    if library is leaf.library:
+        raise ValueError(f"{place} is on {here} but the parameter is on {there}")
+    raise ValueError(
+        f"{place} is a {library.name} array but the parameter is a {leaf.library.name} array: "
+        "the namespace is fixed by the first step"
     )
 
 
@@ -252,7 +255,7 @@ def plain_state(name: str, slots: tuple[str, ...], state: Any) -> State:
 
 
 def copied_state(state: State) -> State:
-    return copy.deepcopy({k: v for k, v in state.items() if k != "slots"}) | _with_each_slot(copied, state)
+    return copy.deepcopy({k: v for k, v in state.items() if k != "slots"}) | _with_each_slot(_copied, state)
 
 
 def on_host(state: State) -> State:
@@ -260,18 +263,12 @@ def on_host(state: State) -> State:
     return state | _with_each_slot(_on_host, state)
 
 
-def gpus(state: State) -> set[int]:
-    """The GPUs that slots lie on."""
-    slots = [slot for slots in state["slots"].values() for slot in slots.values()]
-    return {slot.data.device_id for slot in slots if namespace_name(slot) == "cupy"}
-
-
 def _on_host(slot: Any) -> Any:
-    if namespace_name(slot) != "cupy":
-        return slot
-    from ..engines.cuda import driver
+    return library_with(slot).portable(slot)
 
-    return driver.to_host(slot)
+
+def _copied(slot: Any) -> Any:
+    return library_with(slot).copied(slot)
 
 
 def _with_each_slot(function: Callable[[Any], Any], state: State) -> State:

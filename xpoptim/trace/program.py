@@ -73,11 +73,17 @@ class Program:
                 seen.setdefault(node.args[0])
         return tuple(seen)
 
-    def steps(self, *, scalar: bool) -> Iterator[tuple[int, Node]]:
+    def steps(self, *, scalar: bool) -> tuple[tuple[int, Node], ...]:
         """The needed nodes of the scalar program, or those of the elementwise one."""
-        for number in self.needed:
-            if self.nodes[number].scalar is scalar:
-                yield number, self.nodes[number]
+        return self._scalar_steps if scalar else self._array_steps
+
+    @cached_property
+    def _scalar_steps(self) -> tuple[tuple[int, Node], ...]:
+        return tuple((number, self.nodes[number]) for number in self.needed if self.nodes[number].scalar)
+
+    @cached_property
+    def _array_steps(self) -> tuple[tuple[int, Node], ...]:
+        return tuple((number, self.nodes[number]) for number in self.needed if not self.nodes[number].scalar)
 
     def __str__(self) -> str:
         return "\n".join(_listing(self))
@@ -111,7 +117,7 @@ def _listing(program: Program) -> Iterator[str]:
     yield f"program {program.name} in {program.compute}"
     for buffer in program.buffers:
         yield f"  {buffer.role:6} {buffer.name}: {buffer.dtype}"
-    if any(True for _ in program.steps(scalar=True)):
+    if program.steps(scalar=True):
         yield "scalars, in float64"
         yield from (f"  %{i} = {_spell(program, node)}" for i, node in program.steps(scalar=True))
     yield "for every element"

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from .ops import TABLE
 from .program import Program
 
 
-def evaluate(program: Program, inputs: list[float]) -> list[float]:
+def evaluate(program: Program, inputs: Sequence[float]) -> list[float]:
     """The scalar block of a program, each entry in float64; the kernel's dtype rounds it once. A bool is 1.0 or 0.0."""
     known: dict[int, np.float64 | np.bool_] = {}
     with np.errstate(all="ignore"):

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ..arrays.namespaces import device_of
+from ..arrays.namespaces.lookup import device_of
 
 CHUNK = 4096
 LANES = 256

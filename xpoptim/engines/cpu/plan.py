@@ -7,8 +7,8 @@ the kernels over it, and can be run again as long as the arrays are what they we
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -16,12 +16,12 @@ import numpy as np
 
 from ...arrays.dtypes import PART
 from ...arrays.leaves import Leaf
-from ...arrays.memory import dense_alike
 from ...codegen.llvm.elementwise import HEADER, assembly
 from ...recipe.recipe import Traced
 from ...trace.program import Program
 from ...trace.sums import CHUNK, fold
-from . import thread_pool, threads
+from ..base import Columns, Made, Watch
+from . import scan, thread_pool, threads
 
 _GRAIN = 1 << 14  # elements of a task at most, a multiple of CHUNK
 _TASKS = 16  # so many at least where there are elements enough: what is left when one thread is through is little
@@ -50,26 +50,11 @@ def kernels(traced: Traced, dtype: str, g_dtype: str) -> dict[str, Kernel]:
         return {kind: _kernel(program) for kind, program in traced.programs(dtype, g_dtype).items()}
 
 
-def obstacle(leaf: Leaf) -> str:
-    """Why a leaf cannot take the fused path, or an empty string."""
-    arrays = [leaf.p, *([leaf.g] if leaf.g is not None else []), *leaf.slots]
-    if any(not a.dtype.isnative for a in arrays):
-        return "its bytes are not in the machine's order"
-    if leaf.g is not None and leaf.dtype in PART and leaf.g_dtype not in PART:
-        return f"its gradient is real ({leaf.g_dtype}) and it is complex"
-    if not stageable(leaf):
-        return "this CPU has no instructions for float16"
-    if not dense_alike(arrays):
-        if not dense_alike([leaf.p]):
-            return f"the parameter is not dense (shape {leaf.p.shape}, strides {leaf.p.strides})"
-        return "gradient and parameter differ in layout: strides " + " and ".join(
-            str(a.strides) for a in (leaf.g, leaf.p) if a is not None
-        )
-    return ""
-
-
 class _Pass:
-    """A kernel with its scalars and its job. To ask an array for its address takes longer than a small kernel: once."""
+    """A kernel with its scalars and its job.
+
+    Their addresses are kept: reading ``array.ctypes.data`` takes longer than a small kernel.
+    """
 
     def __init__(self, kernel: Kernel) -> None:
         self.kernel, self._scalars = kernel, np.zeros(max(1, kernel.scalars))
@@ -84,37 +69,6 @@ class _Pass:
     def call(self, inputs: int) -> list[int]:
         """For `thread_pool.Calls`."""
         return [self.kernel.prologue, inputs, self.scalars_at, self.kernel.run, self.job_at]
-
-
-def stageable(leaf: Leaf) -> bool:
-    """Whether a kernel can serve dense copies of what it cannot serve as it is."""
-    if "float16" not in (leaf.dtype, leaf.g_dtype):
-        return True
-    from .jit import half_precision
-
-    return half_precision()
-
-
-def staged(leaf: Leaf) -> Leaf:
-    """The leaf through dense copies, of its gradient alone where that is enough. `step` brings the results home."""
-    copy = replace(leaf, p=_native(leaf.p), slots=[_native(slot) for slot in leaf.slots])
-    if not dense_alike([copy.p, *copy.slots]):
-        copy.p, copy.slots = _in_c_order(copy.p), [_in_c_order(slot) for slot in copy.slots]
-    dtype = leaf.g.dtype.newbyteorder("=")
-    if leaf.dtype in PART and leaf.g_dtype not in PART:
-        dtype = np.result_type(dtype, np.complex64)
-        copy.g_dtype = dtype.name
-    copy.g = np.empty_like(copy.p, dtype=dtype)
-    copy.g[...] = leaf.g
-    return copy
-
-
-def _native(a: np.ndarray) -> np.ndarray:
-    return a if a.dtype.isnative else a.astype(a.dtype.newbyteorder("="))
-
-
-def _in_c_order(a: np.ndarray) -> np.ndarray:
-    return np.asarray(a, order="C")
 
 
 @dataclass
@@ -132,13 +86,17 @@ class _Group:
 class Plan:
     """A table over the arrays of fused leaves, and the calls that run it.
 
-    It holds addresses, not arrays: whoever calls `run` keeps the arrays alive.
+    It holds addresses, not arrays: whoever runs it keeps the arrays alive.
     """
 
+    devices: Sequence[int] = ()
+    keeps_sums = False  # the host adds them up
+
     def __init__(self, traced: Traced, leaves: list[Leaf]) -> None:
-        recipe = traced.recipe
+        self.recipe = traced.recipe
         threads.get_num_threads()  # a bad XPOPTIM_NUM_THREADS is an error now, before anything is written
-        columns = 2 + len(recipe.slots)
+        columns = 2 + len(self.recipe.slots)
+        self._keys = [leaf.key for leaf in leaves]
         self._table = np.zeros((len(leaves), HEADER + columns), np.int64)
         self._row_bytes = self._table.strides[0]
         self._groups: list[_Group] = []
@@ -164,7 +122,8 @@ class Plan:
         self._sums = np.zeros(start // CHUNK + 1)
         self._first_chunks = np.array(self._starts, np.int64) // CHUNK
         self._long = [i for i, length in enumerate(self._lengths) if length > CHUNK]
-        self._inputs: Any = (ctypes.c_double * len(recipe.inputs))()
+        self._odd = {i: _Layout(x.g) for i, x in enumerate(leaves) if x.g is not None and not x.g.flags.c_contiguous}
+        self._inputs: Any = (ctypes.c_double * len(self.recipe.inputs))()
         self._inputs_at = ctypes.addressof(self._inputs)
         self._cursors = thread_pool.cursors()
         self._cursors_at = self._cursors.ctypes.data
@@ -174,11 +133,11 @@ class Plan:
             for one in group.passes.values():
                 one.over(self._cursors_at, table, len(group.leaves), group.total, sums)
         busy = [group for group in self._groups if group.elements]
-        self.elements = sum(group.elements for group in busy)
+        self._elements = sum(group.elements for group in busy)
         largest = max((group.elements for group in busy), default=0)
-        self.calls = {
+        self._calls = {
             kind: thread_pool.Calls([group.passes[kind].call(self._inputs_at) for group in busy], largest)
-            for kind in (("norm", "update") if recipe.reductions else ("update",))
+            for kind in (("norm", "update") if self.recipe.reductions else ("update",))
         }
 
     def _fill(self, row: int, start: int, i: int, leaf: Leaf) -> None:
@@ -187,44 +146,49 @@ class Plan:
         pointers = [a.ctypes.data if a is not None else 0 for a in (leaf.p, leaf.g, *leaf.slots)]
         self._table[row] = [length if leaf.g is not None else 0, start, 0, *pointers]
 
-    def cells(self) -> tuple[list[list[int]], list[tuple[int, int]]]:
-        """The addresses of the pointers, column by column, and of the lengths, for `scan.Scanner`."""
-        base, width = self._table.ctypes.data, self._row_bytes
-        columns = [
-            [base + row * width + 8 * (HEADER + column) for row in self._rows]
-            for column in range(self._table.shape[1] - HEADER)
-        ]
-        return columns, [(base + row * width, length) for row, length in zip(self._rows, self._lengths, strict=True)]
+    # Running
 
-    def squares(self, inputs: list[float], odd: dict[int, Any]) -> np.ndarray:
-        """The sum of squares of each leaf's loaded gradient, in the leaves' order.
-
-        ``odd`` holds the gradients that do not lie in C order; they are visited through copies of a piece at a time.
-        """
+    def set_inputs(self, inputs: Sequence[float]) -> None:
         self._inputs[: len(inputs)] = inputs
-        skipped = [(self._rows[i], self._table[self._rows[i], 0]) for i in odd]
+
+    def run(self, kind: str, made: Made) -> None:
+        if kind == "norm":
+            self._add_up()
+        else:
+            self._calls[kind].run(made)
+
+    def _add_up(self) -> None:
+        """The chunk sums of all gradients. Those that do not lie in C order are visited on their own."""
+        unseen = ctypes.c_int64()
+        if not self._odd:
+            self._calls["norm"].run(unseen)
+            return
+        skipped = [(self._rows[i], self._table[self._rows[i], 0]) for i in self._odd]
         for row, _ in skipped:
             self._table[row, 0] = 0
-        self.calls["norm"].run(ctypes.c_int64())
+        self._calls["norm"].run(unseen)
         for row, length in skipped:
             self._table[row, 0] = length
+        for i, layout in self._odd.items():
+            row = self._table[self._rows[i]]
+            if row[0]:
+                self._add_up_odd(i, layout.at(int(row[HEADER + 1])), self._chunks(i, int(row[0])))
+
+    def sums(self) -> dict[str, float]:
         lengths = self._table[self._rows, 0]
-        for i, g in odd.items():
-            if lengths[i]:
-                self._odd_chunks(i, g, self._chunks(i, int(lengths[i])))
         sums = self._sums[self._first_chunks]
         sums[lengths == 0] = 0.0
         with np.errstate(over="ignore", invalid="ignore"):
             for i in self._long:
                 if lengths[i]:
                     sums[i] = fold(np, self._chunks(i, int(lengths[i])))
-        return sums
+        return dict(zip(self._keys, sums.tolist(), strict=True))
 
     def _chunks(self, i: int, length: int) -> np.ndarray:
         first = self._first_chunks[i]
         return self._sums[first : first - (-length // CHUNK)]
 
-    def _odd_chunks(self, i: int, g: Any, chunks: np.ndarray) -> None:
+    def _add_up_odd(self, i: int, g: np.ndarray, chunks: np.ndarray) -> None:
         """Chunk sums of a gradient in logical C order, whatever its layout, through a small buffer."""
         group = next(group for group in self._groups if i in group.leaves)
         norm = _Pass(group.passes["norm"].kernel)
@@ -238,10 +202,39 @@ class Plan:
             norm.over(self._cursors_at, row.ctypes.data, 1, _PIECE, out.ctypes.data)
             thread_pool.Calls([norm.call(self._inputs_at)], count).run(ctypes.c_int64())
 
-    def set_inputs(self, inputs: Sequence[float]) -> None:
-        self._inputs[:] = inputs
+    # Running again
 
-    def run(self, inputs: list[float], made: Any) -> None:
-        """Update every leaf, in one call. ``made``, a ``c_int64``, becomes 1 when that begins."""
-        self.set_inputs(inputs)
-        self.calls["update"].run(made)
+    def watch(self, columns: Columns, keys: list[list[Any]], copied: Iterable[int]) -> scan.Scanner | None:
+        if not scan.available():
+            return None
+        cells, lengths = self._cells()
+        for i in copied:
+            cells[1][i] = scan.nowhere()
+        return scan.Scanner(columns, keys, cells, lengths)
+
+    def _cells(self) -> tuple[list[list[int]], list[tuple[int, int]]]:
+        """The addresses of the pointers, column by column, and of the lengths with these."""
+        base, width = self._table.ctypes.data, self._row_bytes
+        columns = [
+            [base + row * width + 8 * (HEADER + column) for row in self._rows]
+            for column in range(self._table.shape[1] - HEADER)
+        ]
+        return columns, [(base + row * width, length) for row, length in zip(self._rows, self._lengths, strict=True)]
+
+    def direct(self, watch: Watch, container: type) -> scan.Direct | None:
+        if self._calls.keys() != {"update"} or not isinstance(watch, scan.Scanner):
+            return None
+        return scan.Direct(watch, container, self._calls["update"], self._elements)
+
+
+class _Layout:
+    """The layout of an array, to look at another one that has it."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self._dtype, words = array.dtype, np.dtype(f"V{array.itemsize}")
+        self._interface = {"shape": array.shape, "strides": array.strides, "typestr": words.str, "version": 3}
+
+    def at(self, address: int) -> np.ndarray:
+        """The array at an address. It does not keep the memory alive."""
+        self.__array_interface__ = self._interface | {"data": (address, True)}
+        return np.asarray(self).view(self._dtype)

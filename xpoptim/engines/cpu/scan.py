@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from ...codegen.llvm.elementwise import words
+from ..base import Columns
 from . import thread_pool
 from .threads import compiling
 
@@ -438,9 +439,9 @@ class Scanner:
         flags = _WRITEABLE if is_written else 0
         return [id(array.dtype), flags, array.ndim, axes.ctypes.data, cell, array.nbytes]
 
-    def unchanged(self, columns: tuple[list[Any], ...]) -> bool:
+    def unchanged(self, columns: Columns) -> bool:
         """Whether all is as before; the gradients' pointers and the lengths are then up to date."""
-        return self._scan(columns, self.at, self._lists_at) == 0
+        return self._scan(tuple(columns), self.at, self._lists_at) == 0
 
 
 class Direct:

@@ -3,13 +3,14 @@
 A step neither waits for the GPU nor, after the first, allocates on it. The kernels run on CuPy's current stream
 of the arrays' own device; if that is another one than at the step before, `turns` orders the two. Where the host
 cannot know the scalars (a global norm, or `capturable=True`) a one-thread kernel works them out on the device, which
-then keeps the step count: see `Counter`.
+then keeps the step count: see `keeper`.
 """
 
 from __future__ import annotations
 
 import operator
 import threading
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,20 +18,19 @@ import numpy as np
 
 from ...arrays.dtypes import PART
 from ...arrays.leaves import Leaf
-from ...arrays.memory import dense_alike
 from ...codegen.cuda import elementwise as text
 from ...recipe.recipe import Traced
 from ...trace.program import Program
 from ...trace.scalars import evaluate
 from ...trace.sums import CHUNK
+from ..base import Columns, Made
 from . import driver
-from .turns import Turns
+from .keeper import MOST_INPUTS, Counter, Keeper, capture_refused
 
 _MOST_BYTES = 32_764  # of a kernel's parameters
 _OTHER_BYTES = 40  # of them for what comes beside the table
 _CAPACITIES = (8, 64, 256)  # rows of a by-value table, and then as many as fit; every row costs launch time
-_NULL = np.uint64(0)
-_MOST_INPUTS = 61
+_NULL: Any = np.uint64(0)
 
 _lock = threading.Lock()
 _functions: dict[tuple[str, str, int], Any] = {}
@@ -138,71 +138,32 @@ class _Group:
     in_order: list[_InOrder] = field(default_factory=list)
 
 
-class Counter:
-    """The step count of an optimizer, kept on the device because only the device knows whether a step was skipped.
+class Plan:
+    """Tables over CuPy arrays, and the launches that run them; usable as long as the arrays are what they were.
 
-    ``state`` holds the applied steps, the skipped ones, whether to skip the present one, and the inputs that
-    replays of a captured step read.
+    Where all leaves lie on one device and the host cannot know the scalars (a global norm, or `capturable=True`),
+    these, the norm and t are worked out on the device. It then counts the steps too, by a counter of the ``keeper``.
     """
 
-    def __init__(self, device: int, step: int) -> None:
-        self.device = device
-        with driver.on(device):
-            self.state = driver.zeros(text.INPUTS + _MOST_INPUTS, np.float64)
-        self.write(step)
-
-    def write(self, step: int) -> None:
-        """Go on counting from ``step``."""
-        self.expected = step  # what the host believes
-        driver.upload(self.state[text.STEP : text.STEP + 1], np.array([float(step)]))
-
-    def read(self, turns: Turns) -> tuple[int, int]:
-        """Applied and skipped steps after the last turn; waits for that."""
-        words = turns.read("the step count cannot be read", self.state)
-        self.expected = int(words[text.STEP])
-        return self.expected, int(words[text.SKIPPED])
-
-
-def obstacle(leaf: Leaf) -> str:
-    """Why a leaf's kernel cannot work on its arrays as they are, or an empty string."""
-    arrays = [leaf.p, *([leaf.g] if leaf.g is not None else []), *leaf.slots]
-    if leaf.g is not None and leaf.dtype in PART and leaf.g_dtype not in PART:
-        return f"its gradient is real ({leaf.g_dtype}) and it is complex"
-    if not dense_alike(arrays):
-        return "its arrays are not dense, or differ in layout"
-    return ""
-
-
-def stageable(leaf: Leaf) -> bool:
-    """Always: CuPy's own arithmetic would flush subnormals."""
-    return leaf.space == "cupy"
-
-
-def staged(leaf: Leaf) -> Leaf:
-    """The leaf through dense copies, for what a kernel cannot walk. `step` brings the results home."""
-    dtype = leaf.g_dtype
-    if leaf.dtype in PART and dtype not in PART:
-        dtype = "complex128" if dtype == "float64" else "complex64"  # exact: kernels round, CuPy flushes subnormals
-    g = driver.dense(leaf.g if dtype == leaf.g_dtype else driver.converted(leaf.g, dtype))
-    copy = Leaf(leaf.key, leaf.given, leaf.home, leaf.index, space=leaf.space, dtype=leaf.dtype, g_dtype=dtype)
-    copy.p, copy.g, copy.slots = driver.dense(leaf.p), g, [driver.dense(slot) for slot in leaf.slots]
-    return copy
-
-
-class Plan:
-    """Tables over CuPy arrays, and the launches that run them; usable as long as the arrays are what they were."""
-
-    def __init__(self, traced: Traced, leaves: list[Leaf]) -> None:
-        self._traced, self.recipe, self.leaves = traced, traced.recipe, len(leaves)
+    def __init__(
+        self, traced: Traced, leaves: list[Leaf], keeper: Keeper | None, *, capturable: bool, alone: bool
+    ) -> None:
+        self._traced, self.recipe, self._capturable, self._keeper = traced, traced.recipe, capturable, keeper
         by_kind: dict[tuple[int, str, str], list[int]] = {}
         for i, leaf in enumerate(leaves):
             if leaf.g is not None:
                 by_kind.setdefault((leaf.p.device.id, leaf.dtype, leaf.g_dtype), []).append(i)
         ordered = sorted((leaf.key, i) for i, leaf in enumerate(leaves) if leaf.g is not None)
         self._places = {i: place for place, (_, i) in enumerate(ordered)}  # tensors are added in sorted order
+        self._keys = [key for key, _ in ordered]
         self._groups = [self._group(kind, members, leaves) for kind, members in by_kind.items()]
         self.devices = sorted({group.device for group in self._groups})
         self._counter: Counter | None = None
+        if keeper is not None and alone and len(self.devices) == 1 and (self.recipe.reductions or capturable):
+            self._prepare_device()
+            self._counter = keeper.counter_on(self.devices[0])
+        self.keeps_sums = self._counter is not None
+        self._inputs: Sequence[float] = ()
 
     def _group(self, kind: tuple[int, str, str], members: list[int], leaves: list[Leaf]) -> _Group:
         device, dtype, g_dtype = kind
@@ -223,6 +184,22 @@ class Plan:
                 group.in_order = _in_order([leaves[i].g for i in members])
         return group
 
+    def _prepare_device(self) -> None:
+        """Allocate and compile what works out the scalars on the device."""
+        if len(self.recipe.inputs) > MOST_INPUTS:
+            raise ValueError(
+                f"{self.recipe.name} takes {len(self.recipe.inputs)} scalars, but where a GPU counts the steps "
+                f"(clip_norm or capturable with CuPy arrays) there may be {MOST_INPUTS}"
+            )
+        for group in self._groups:
+            with driver.on(group.device):
+                for source in filter(None, (group.prologue, group.norm_prologue)):
+                    kernel(source, "prologue", group.device)
+                group.scalars = _scalar_memory(group.update.program)
+                if group.norm is not None:
+                    group.norm_scalars = _scalar_memory(group.norm.program)
+                    group.totals = self._groups[0].totals
+
     def refresh(self, gradients: list[int]) -> None:
         """New addresses of the gradients."""
         for group in self._groups:
@@ -230,110 +207,117 @@ class Plan:
                 if table is not None:
                     table.rows["g"] = [gradients[i] for i in group.members]
 
-    # On the host: scalars are known, or the norm is fetched.
+    def watch(self, columns: Columns, keys: list[list[Any]], copied: Iterable[int]) -> Watch | None:
+        # A norm that the host fetches takes so long that little is gained, and the arrays might change meanwhile.
+        fetched = self.recipe.reductions and self._counter is None
+        return None if fetched or any(True for _ in copied) else Watch(self, columns)
 
-    def run(self, values: list[float]) -> None:
-        """Update every leaf with scalars the host knows."""
-        for group in self._groups:
-            if group.blocks:
-                group.update.scalars[: len(group.update.program.scalars)] = evaluate(group.update.program, values)
-                with driver.on(group.device):
-                    self._update(group, _NULL, _NULL)
+    def direct(self, watch: object, container: type) -> None:
+        return None
 
-    def squares(self, values: list[float]) -> dict[int, float]:
-        """The sum of squares of each leaf's loaded gradient, by the leaf's number. Waits for the devices."""
-        sums: dict[int, float] = {}
+    def set_inputs(self, inputs: Sequence[float]) -> None:
+        self._inputs = inputs
+
+    def run(self, kind: str, made: Made) -> None:
+        """On the current streams. What is captured into a graph is not carried out yet, and so is not counted."""
+        capturing = any(map(driver.capturing, self.devices))
+        step = int(self._inputs[0]) - 1
+        if capturing:
+            self._check_capture(step)
+        elif self._counter is not None:
+            self._counter.expect(step)
+        if kind == "norm":
+            self._norm(capturing)
+            return
+        if capturing:
+            assert self._keeper is not None
+            self._keeper.capture(self)
+        else:  # counted first: a signal handler may raise after the launches
+            made.value = 1
+            if self._counter is not None:
+                self._counter.expected += 1
+        self._update(capturing)
+
+    def sums(self) -> dict[str, float]:
+        totals = np.zeros(len(self._keys))
         for group in self._groups:
             with driver.on(group.device):
-                self._sum(group, values, _NULL)
-                totals = driver.to_host(group.totals)
-            sums |= {i: float(totals[self._places[i]]) for i in group.members}
-        return sums
+                places = [self._places[i] for i in group.members]
+                totals[places] = driver.to_host(group.totals)[places]
+        return dict(zip(self._keys, totals.tolist(), strict=True))
 
-    # On the device.
+    # What a graph replays takes the hyperparameters from the counter's memory, where `set_replay` puts them.
 
-    def prepare(self) -> None:
-        """Allocate and compile what `run_on_device` needs."""
-        if len(self.recipe.inputs) > _MOST_INPUTS:
-            raise ValueError(
-                f"{self.recipe.name} takes {len(self.recipe.inputs)} scalars, but where a GPU counts the steps "
-                f"(clip_norm or capturable with CuPy arrays) there may be {_MOST_INPUTS}"
-            )
-        for group in self._groups:
-            with driver.on(group.device):
-                for source in filter(None, (group.prologue, group.norm_prologue)):
-                    kernel(source, "prologue", group.device)
-                if group.scalars is None:
-                    group.scalars = _scalar_memory(group.update.program)
-                if group.norm is not None and group.norm_scalars is None:
-                    group.norm_scalars = _scalar_memory(group.norm.program)
-        if self.recipe.reductions:
-            for group in self._groups[1:]:
-                group.totals = self._groups[0].totals
+    def _check_capture(self, step: int) -> None:
+        if not self._capturable or self._counter is None or self._counter.expected != step:
+            raise capture_refused()
 
-    def run_on_device(self, values: list[float], counter: Counter, *, from_state: bool) -> None:
-        """Update every leaf; t, the norm and the scalars are worked out on the device. All leaves are on one device.
-
-        ``from_state``: take the hyperparameters from the counter's memory, where `set_inputs` puts them.
-        """
-        self._counter = counter  # whose memory a captured graph goes on using
-        with driver.on(counter.device):
-            tensors = 0
-            if self.recipe.reductions:
-                tensors = len(self._places)
-                for group in self._groups:
-                    assert group.norm is not None
-                    if group.norm.program.scalars:
-                        self._prologue(group, group.norm, values, counter, 0, False, from_state)
-                    self._sum(group, values, group.norm_scalars)
-            for n, group in enumerate(self._groups):
-                self._prologue(group, group.update, values, counter, tensors, n == 0, from_state)
-                self._update(group, group.scalars, counter.state[text.SKIP :])
-
-    def set_inputs(self, values: list[float], counter: Counter) -> None:
+    def set_replay(self, inputs: Sequence[float]) -> None:
         """Give the counter's memory new hyperparameters, in stream order."""
-        with driver.on(counter.device):
-            function = kernel(self._groups[0].prologue, "set_inputs", counter.device)
-            driver.launch(function, 1, 1, (self._inputs(values), counter.state))
+        assert self._counter is not None
+        with driver.on(self._counter.device):
+            function = kernel(self._groups[0].prologue, "set_inputs", self._counter.device)
+            driver.launch(function, 1, 1, (self._as_argument(inputs), self._counter.state))
+
+    # The passes.
+
+    def _norm(self, from_state: bool) -> None:
+        for group in self._groups:
+            assert group.norm is not None
+            with driver.on(group.device):
+                if self._counter is not None and group.norm.program.scalars:
+                    self._prologue(group, group.norm, self._counter, tensors=0, advance=False, from_state=from_state)
+                self._sum(group)
+
+    def _update(self, from_state: bool) -> None:
+        for n, group in enumerate(self._groups):
+            with driver.on(group.device):
+                if self._counter is None:
+                    scalars = evaluate(group.update.program, self._inputs)
+                    group.update.scalars[: len(group.update.program.scalars)] = scalars
+                    self._launch_update(group, _NULL, _NULL)
+                    continue
+                tensors = len(self._places) if self.recipe.reductions else 0
+                self._prologue(
+                    group, group.update, self._counter, tensors=tensors, advance=n == 0, from_state=from_state
+                )
+                self._launch_update(group, group.scalars, self._counter.state[text.SKIP :])
 
     def _prologue(
-        self,
-        group: _Group,
-        table: _Table,
-        values: list[float],
-        counter: Counter,
-        tensors: int,
-        advance: bool,
-        from_state: bool,
+        self, group: _Group, table: _Table, counter: Counter, *, tensors: int, advance: bool, from_state: bool
     ) -> None:
+        """Work out the scalars of a pass on the device."""
         is_norm = table.program.reduces is not None
         function = kernel(group.norm_prologue if is_norm else group.prologue, "prologue", group.device)
         scalars = group.norm_scalars if is_norm else group.scalars
         totals = _NULL if group.totals is None else group.totals
         flags = (np.uint32(tensors), np.uint32(advance), np.uint32(from_state))
-        driver.launch(function, 1, 1, (self._inputs(values), counter.state, scalars, totals, *flags))
+        driver.launch(function, 1, 1, (self._as_argument(self._inputs), counter.state, scalars, totals, *flags))
 
-    def _inputs(self, values: list[float]) -> np.ndarray:
-        inputs = np.zeros(1, text.inputs_dtype(len(self.recipe.inputs)))
-        inputs["at"][0, : len(values)] = values
-        return inputs
+    def _as_argument(self, inputs: Sequence[float]) -> np.ndarray:
+        argument = np.zeros(1, text.inputs_dtype(len(self.recipe.inputs)))
+        argument["at"][0, : len(inputs)] = inputs
+        return argument
 
-    def _sum(self, group: _Group, values: list[float], scalars: Any) -> None:
+    def _sum(self, group: _Group) -> None:
         """Sums of squares of the group's tensors, into ``totals``."""
         table = group.norm
         assert table is not None
+        scalars = _NULL
         for gradient in group.in_order:
             gradient.renew(int(group.update.rows["g"][gradient.row]))
             table.rows["g"][gradient.row] = gradient.copy.data.ptr
-        if scalars is _NULL:
-            table.scalars[: len(table.program.scalars)] = evaluate(table.program, values)
+        if self._counter is None:
+            table.scalars[: len(table.program.scalars)] = evaluate(table.program, self._inputs)
+        else:
+            scalars = group.norm_scalars
         if group.norm_chunks:
             blocks = -(-group.norm_chunks // (text.THREADS // 32))
             counts = (np.uint32(table.count), np.uint32(group.norm_chunks))
             table.launch("sums", blocks, text.THREADS, *counts, scalars, group.sums)
         table.launch("fold", table.count, text.FOLD_THREADS, group.sums, group.totals)
 
-    def _update(self, group: _Group, scalars: Any, skip: Any) -> None:
+    def _launch_update(self, group: _Group, scalars: Any, skip: Any) -> None:
         if group.blocks:
             counts = (np.uint32(group.update.count), np.int32(group.chunk))
             group.update.launch("update", group.blocks, text.THREADS, *counts, scalars, skip)
@@ -368,7 +352,7 @@ class Watch:
     Slots are the optimizer's own: of them it is enough that they are the same objects.
     """
 
-    def __init__(self, plan: Plan, columns: list[list[Any]]) -> None:
+    def __init__(self, plan: Plan, columns: Columns) -> None:
         params, grads, *slots = columns
         self._plan, self._slots = plan, slots
         self._layouts = [_layouts(params), _layouts(grads)]
@@ -378,7 +362,7 @@ class Watch:
         self._ends = np.array([end for _, end in spans], np.uint64)
         self._sizes = np.array([0 if a is None else a.nbytes for a in grads], np.uint64)
 
-    def unchanged(self, columns: list[list[Any]]) -> bool:
+    def unchanged(self, columns: Columns) -> bool:
         """Whether all arrays are as before, gradients anywhere; the plan's addresses are then up to date."""
         params, grads, *slots = columns
         if any(any(map(operator.is_not, now, was)) for now, was in zip(slots, self._slots, strict=True)):

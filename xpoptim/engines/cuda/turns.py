@@ -64,6 +64,8 @@ class Turns:
 
     @contextmanager
     def taken(self, devices: Iterable[int]) -> Iterator[None]:
+        """A block whose work is one turn. What is captured in it is none: it is not carried out now."""
+        devices = [device for device in devices if not driver.capturing(device)]
         self.begin(devices)
         try:
             yield
@@ -74,7 +76,7 @@ class Turns:
     def apart(self, what: str, devices: Iterable[int] = ()) -> Iterator[None]:
         """A turn that is no step, on all GPUs that have been worked on, and on these."""
         every = {*devices, *self._last}
-        self.refuse_capture(what, every)
+        self.refuse(what, every)
         self._await_replays(every)
         with self.taken(every):
             yield
@@ -83,7 +85,7 @@ class Turns:
     def read(self, what: str, array: Any) -> np.ndarray:
         """An array's values after the last turn. Waits for that, and for nothing else that the current stream does."""
         device = array.data.device_id
-        self.refuse_capture(what, [device])
+        self.refuse(what, [device])
         self._await_replays([device])
         last = self._last[device]
         with driver.on(device):
@@ -99,7 +101,7 @@ class Turns:
                     with driver.on(device):
                         stream.wait_event(last.event)
 
-    def refuse_capture(self, what: str, devices: Iterable[int]) -> None:
+    def refuse(self, what: str, devices: Iterable[int]) -> None:
         if any(map(driver.capturing, devices)):
             raise RuntimeError(
                 f"{what} while the current stream is being captured into a CUDA graph: "

@@ -1,0 +1,151 @@
+"""What an engine is: the interface that `reference`, `cpu` and `cuda` implement."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol, TypeAlias
+
+import numpy as np
+
+from ..arrays.leaves import Leaf
+from ..recipe.recipe import Recipe, Traced
+from ..trace.program import BlockProgram
+
+Array: TypeAlias = Any  # of any library: the Array API has no type for it
+Columns: TypeAlias = list[list[Array]]  # parameters, gradients, then each slot: one entry a leaf, in the leaves' order
+
+
+class Made(Protocol):
+    """A ``c_int64`` that becomes 1 with the step, for a caller that is interrupted before it is told."""
+
+    value: int
+
+
+class Watch(Protocol):
+    """Knows the arrays of a plan as they were, to tell whether they still are."""
+
+    def unchanged(self, columns: Columns) -> bool:
+        """Whether places, shapes, strides and dtypes are what they were.
+
+        Gradients may have moved to where nothing is written: the plan reads them there from now on.
+        """
+
+
+class Direct(Protocol):
+    """A watch and the only pass of a plan in one call, over containers that need no walk."""
+
+    def run(self, containers: tuple[Any, ...], made: Made) -> bool:
+        """Run the pass unless anything may have changed; whether it was run."""
+
+
+class Plan(Protocol):
+    """The passes of a recipe over some leaves. It may hold addresses only: who runs it keeps the arrays alive."""
+
+    @property
+    def devices(self) -> Sequence[int]:
+        """Those whose current streams it uses."""
+
+    @property
+    def keeps_sums(self) -> bool:
+        """Whether a pass finds the sums of the pass before where the engine keeps them.
+
+        Then the host neither reads them nor waits, and a device counts the steps.
+        """
+
+    def set_inputs(self, inputs: Sequence[float]) -> None:
+        """The scalars of the next passes, in the recipe's order, as far as the host knows them."""
+
+    def run(self, kind: str, made: Made) -> None:
+        """Run a pass, ``"norm"`` or ``"update"``, over every leaf.
+
+        An update sets ``made`` before its first write, unless it is recorded into a graph and made later.
+        """
+
+    def sums(self) -> Mapping[str, float]:
+        """What the pass before summed up, by the leaves' keys. Waits for it."""
+
+    def watch(self, columns: Columns, keys: list[list[Any]], copied: Iterable[int]) -> Watch | None:
+        """A watch over the arrays as they are; None if they must be checked in full before each step.
+
+        ``keys`` are the arrays' keys in their containers. ``copied`` are the leaves of whose gradient the plan reads a
+        copy.
+        """
+
+    def direct(self, watch: Watch, container: type) -> Direct | None:
+        """The two in one call for flat containers of this type, if that can be."""
+
+
+class Keeper(Protocol):
+    """What an engine keeps of an optimizer on its devices: the order of the work there, and what is counted there."""
+
+    @property
+    def counts(self) -> bool:
+        """Whether a device counts the steps."""
+
+    def devices_of(self, arrays: Iterable[Array]) -> set[int]:
+        """Of those arrays that are this engine's."""
+
+    def taken(self, devices: Iterable[int]) -> AbstractContextManager[None]:
+        """A block whose work on the current streams comes behind all that was done before, on whatever stream."""
+
+    def apart(self, what: str, devices: Iterable[int]) -> AbstractContextManager[None]:
+        """The same for what is no step, on all devices so far and these; an error, with ``what``, during a capture."""
+
+    def end(self, devices: Iterable[int]) -> None:
+        """What was done just now on the current streams is what comes next's before."""
+
+    def release(self) -> None:
+        """Memory of the steps so far may be given back."""
+
+    def refuse_capture(self, devices: Iterable[int]) -> None:
+        """An error if a current stream is being captured: a step that checks, compiles or allocates cannot be."""
+
+    def count(self, step: int) -> tuple[int, int]:
+        """Applied and skipped steps. ``step`` is what the host believes, or what a user has written to the state."""
+
+    def stop_counting(self) -> None:
+        """The host counts from now on."""
+
+    def prepare_replay(self, recipe: Recipe, inputs: Sequence[float]) -> bool:
+        """Hand inputs to a captured step. False if there is none."""
+
+    def replace_state(self, old: object, step: int) -> None:
+        """The state gave way to another: a captured step is void, and the old one's memory is not freed under it."""
+
+
+class Engine(Protocol):
+    """Carries out recipes."""
+
+    def keeper(self) -> Keeper | None:
+        """For an optimizer; None if there is nothing to keep."""
+
+    def plan(self, traced: Traced, leaves: list[Leaf], keeper: Keeper | None, *, capturable: bool, alone: bool) -> Plan:
+        """Compile and lay out. ``alone``: no other plan takes part in the step. Without a keeper nothing is kept."""
+
+
+class BlockKernel(Protocol):
+    def __call__(self, x: Array, y: Array, numbers: int, scalars: np.ndarray, words: np.ndarray) -> None:
+        """Fill ``y`` from ``x``, both in C order: in the same memory, or in two that do not overlap."""
+
+
+class KernelEngine(Engine, Protocol):
+    """Has kernels for the arrays of one library. It is `ENGINE` in the module ``engine`` of its folder."""
+
+    def obstacle(self, leaf: Leaf) -> str:
+        """Why no kernel can work on a leaf's arrays as they are, or an empty string."""
+
+    def stageable(self, leaf: Leaf) -> bool:
+        """Whether a kernel can work on dense copies of them."""
+
+    def staged(self, leaf: Leaf) -> Leaf:
+        """The leaf with dense copies in the place of what no kernel can work on."""
+
+    def copy(self, to: Array, source: Array) -> None:
+        """The values of an array into one of the same shape and dtype."""
+
+    def block_obstacle(self, x: Array, dtype: str) -> str:
+        """Why no block kernel can serve an array, or an empty string."""
+
+    def block_kernel(self, program: BlockProgram) -> BlockKernel:
+        """A block program as a kernel, compiled when it first runs."""

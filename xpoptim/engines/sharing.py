@@ -1,0 +1,69 @@
+"""Which engine serves which leaf."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ..arrays.leaves import Leaf, replaced
+from ..recipe.recipe import Recipe
+from . import reference
+from .base import Engine, KernelEngine
+from .choose import selected
+from .registry import kernels_for
+
+
+@dataclass
+class Share:
+    """The leaves of a step that one engine serves. ``staged`` are those that it serves through dense copies."""
+
+    engine: Engine
+    leaves: list[Leaf] = field(default_factory=list)
+    staged: list[tuple[Leaf, Leaf]] = field(default_factory=list)
+
+
+def shares(recipe: Recipe, leaves: list[Leaf]) -> list[Share]:
+    """Every leaf's engine in force. Who has neither a kernel nor a gradient is in no share."""
+    found: dict[int, Share] = {}
+    for leaf in leaves:
+        kernels, reason = _kernels(recipe, leaf)
+        if selected() == "fused" and reason and leaf.g is not None:
+            place = leaf.named("params")
+            raise ValueError(f'{place} cannot take the fused path: {reason} (xo.engine("auto") allows it)')
+        takes_kernel = kernels is not None and selected() != "reference" and not (reason and leaf.g is None)
+        engine: Engine = kernels if takes_kernel and kernels else reference.ENGINE
+        if not takes_kernel and leaf.g is None:
+            continue
+        share = found.setdefault(id(engine), Share(engine))
+        if reason and takes_kernel and kernels:
+            share.staged.append((leaf, kernels.staged(leaf)))
+            leaf = share.staged[-1][1]
+        share.leaves.append(leaf)
+    return list(found.values())
+
+
+def served(recipe: Recipe, leaf: Leaf, with_gradient: bool) -> tuple[str, str]:
+    """Which engine serves a leaf, and why."""
+    if with_gradient and leaf.g is None:
+        return "none", "its gradient is None: left as it is"
+    if selected() == "reference":
+        return "reference", 'chosen by xo.engine("reference") or XPOPTIM_ENGINE'
+    kernels, reason = _kernels(recipe, leaf)
+    if reason:
+        return ("staged", f"{reason}: through dense copies") if kernels else ("reference", reason)
+    if replaced(leaf):
+        kind = "a NumPy scalar" if isinstance(leaf.given, np.generic) else "a Python float"
+        return "fused", f"{kind}, through an array of its own; replaced in its container"
+    return "fused", f"dense {leaf.library.title} arrays of equal layout"
+
+
+def _kernels(recipe: Recipe, leaf: Leaf) -> tuple[KernelEngine | None, str]:
+    """The engine whose kernels can serve a leaf, or None; and why they cannot serve it as it is, or not at all."""
+    if not recipe.fused:
+        return None, f"{recipe.name} says fused = False: it is plain Array API code"
+    engine = kernels_for(leaf.library)
+    if engine is None:
+        return None, f"there is no fused engine for {leaf.library.name} arrays"
+    reason = engine.obstacle(leaf)
+    return (engine if not reason or engine.stageable(leaf) else None), reason

@@ -1,0 +1,262 @@
+"""A step whose arrays have been checked. It can be run again as long as these are what they were."""
+
+from __future__ import annotations
+
+import ctypes
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from functools import partial
+from itertools import repeat
+from operator import call, setitem
+from typing import Any
+
+import numpy as np
+
+from ..arrays.leaves import Leaf, Skeleton, gather, replaced, skeleton
+from ..arrays.memory import dense_alike
+from ..engines import blocks
+from ..engines.base import Array, Columns, Direct, Engine, Keeper, Made, Plan, Watch
+from ..engines.choose import selected
+from ..engines.sharing import shares
+from ..recipe.recipe import Traced
+from .checks import finite_norm
+
+
+class Prepared:
+    """The plans of a step, one for each engine that serves some of the leaves.
+
+    To make one may raise, and writes nothing. `reduced` may raise, too. `run` writes. After `watch`, `again` is all of
+    them at once, for arrays that are what they were.
+    """
+
+    def __init__(
+        self,
+        traced: Traced,
+        leaves: list[Leaf],
+        keeper_of: Callable[[Engine], Keeper | None],
+        *,
+        capturable: bool,
+        in_place: bool,
+    ) -> None:
+        self.recipe, self.capturable, self._engine, self._leaves = traced.recipe, capturable, selected(), leaves
+        self._names = {leaf.key: leaf.named("grads") for leaf in leaves}
+        self._keys = [leaf.key for leaf in leaves]
+        self._plans: list[Plan] = []
+        self._turns: list[tuple[Keeper, Sequence[int]]] = []
+        found = shares(traced.recipe, leaves)
+        for share in found:
+            keeper = keeper_of(share.engine)
+            plan = share.engine.plan(traced, share.leaves, keeper, capturable=capturable, alone=len(found) == 1)
+            self._plans.append(plan)
+            if keeper is not None:
+                self._turns.append((keeper, plan.devices))
+        # Whether a device works out the norm and counts the steps.
+        self.on_device = bool(self._plans) and all(plan.keeps_sums for plan in self._plans)
+        self._complete = len(found) == 1 and len(found[0].leaves) == len(leaves)
+        self._staged = [pair for share in found for pair in share.staged]
+        numbers = (i for i, leaf in enumerate(leaves) if in_place and replaced(leaf) and leaf.g is not None)
+        self._numbers = [_Number(i, leaves[i]) for i in numbers]
+        self._indices = [number.index for number in self._numbers]
+        self._reads = [number.read for number in self._numbers]
+        self._look: _Look | None = None
+
+    def reduced(self, inputs: list[float]) -> list[float]:
+        """Run the passes before the last. The inputs with what these give, unless an engine keeps that to itself."""
+        if not self.recipe.reductions:
+            return inputs
+        for plan in self._plans:
+            plan.set_inputs(inputs)
+            plan.run("norm", ctypes.c_int64())
+        if self.on_device:
+            return inputs
+        sums: dict[str, float] = {}
+        for plan in self._plans:
+            sums |= plan.sums()
+        return [*inputs, finite_norm(self._names, sums)]
+
+    def run(self, made: Made, inputs: Sequence[float], numbers_to: Any = None) -> None:
+        """Write parameters and slots; numbers are replaced in their containers, or in ``numbers_to``."""
+        replacing = self._replacing(numbers_to) if self._numbers else ()
+        for plan in self._plans:
+            plan.set_inputs(inputs)
+        if not self._plans:
+            made.value = 1  # over nothing, or nothing with a gradient
+        try:
+            for plan in self._plans:
+                plan.run("update", made)
+        finally:  # also if a signal handler raised right after the kernels
+            if made.value:
+                deque(replacing, maxlen=0)
+                for leaf, copy in self._staged:
+                    _bring_home(leaf, copy)
+
+    def _replacing(self, container: Any) -> Iterator[None]:
+        """Replaces the numbers when it is gone through: all of them, as no signal handler comes in between."""
+        homes = repeat(container) if container is not None else [number.home for number in self._numbers]
+        return map(setitem, homes, self._indices, map(call, self._reads))
+
+    # Again
+
+    def watch(self, params: Any, slots: dict[str, dict[str, Array]]) -> bool:
+        """Remember what must not change for the step to be run again. False if it cannot be.
+
+        The gradients are let go.
+        """
+        leaves, self._leaves = self._leaves, []
+        copies = {i: copy.g for i, copy in self._copied_gradients(leaves).items()}
+        if not self._complete or len(copies) != len(self._staged) or not leaves:
+            return False
+        in_arrays = {number.place for number in self._numbers}
+        if any(leaf.p is not leaf.given for i, leaf in enumerate(leaves) if i not in in_arrays):
+            return False
+        if any(number.home is not params for number in self._numbers):
+            return False
+        columns = [[leaf.p for leaf in leaves], [leaf.g for leaf in leaves]]
+        columns += [[leaf.slots[k] for leaf in leaves] for k in range(len(self.recipe.slots))]
+        keys = [[leaf.index for leaf in leaves]] * 2 + [list(slots[name]) for name in self.recipe.slots]
+        watch = self._plans[0].watch(columns, keys, copies)
+        if watch is None:
+            return False
+        flat = type(params) in (dict, list) and all(leaf.home is params for leaf in leaves)
+        in_order = all(names == self._keys for names in keys[2:])
+        direct = None
+        if flat and in_order and not copies and not self._numbers:
+            direct = self._plans[0].direct(watch, type(params))
+        self._numbers = [number.without_gradient() for number in self._numbers]
+        self._staged = []
+        self._look = _Look(self.recipe.slots, self._keys, skeleton(params), watch, direct, copies, self._numbers)
+        return True
+
+    def _copied_gradients(self, leaves: list[Leaf]) -> dict[int, Leaf]:
+        """The staged leaves of which nothing is a copy but a gradient that is dense in its own way."""
+        places = {id(leaf): i for i, leaf in enumerate(leaves)}
+        return {
+            places[id(leaf)]: copy
+            for leaf, copy in self._staged
+            if all(new is old for new, old in zip((copy.p, *copy.slots), (leaf.p, *leaf.slots), strict=True))
+            and copy.g.dtype == leaf.g.dtype
+            and dense_alike([leaf.g])
+        }
+
+    def again(self, made: Made, inputs: list[float], params: Any, grads: Any, slots: Any) -> bool:
+        """The whole step, if nothing has changed that matters; whether it was made."""
+        look = self._look
+        if look is None or type(slots) is not dict or self._engine != selected():
+            return False
+        if look.direct is not None:
+            self._plans[0].set_inputs(inputs)
+            if look.direct.run((params, grads, *[slots.get(name) for name in self.recipe.slots]), made):
+                return True  # else keys may have come as equal strings, which take a walk
+        columns = look.columns(params, grads, slots)  # which hold the arrays while kernels work on them
+        if columns is None:
+            return False
+        if not self._turns:
+            return self._look_and_run(made, look, columns, inputs, params)
+        with ExitStack() as stack:
+            for keeper, devices in self._turns:
+                stack.enter_context(keeper.taken(devices))
+            return self._look_and_run(made, look, columns, inputs, params)
+
+    def _look_and_run(self, made: Made, look: _Look, columns: Columns, inputs: list[float], params: Any) -> bool:
+        if not look.unchanged(columns):
+            return False
+        self.run(made, self.reduced(inputs) if self.recipe.reductions else inputs, params)
+        return True
+
+
+class _Look:
+    """What must not have changed: the containers, and by an engine's watch the arrays in them."""
+
+    def __init__(
+        self,
+        slots: tuple[str, ...],
+        keys: list[str],
+        shape: Skeleton,
+        watch: Watch,
+        direct: Direct | None,
+        copies: dict[int, Array],
+        numbers: list[_Number],
+    ) -> None:
+        self._slots, self._keys, self._shape, self._watch, self.direct = slots, keys, shape, watch, direct
+        self._copies, self._numbers = copies, numbers
+
+    def columns(self, params: Any, grads: Any, slots: Any) -> Columns | None:
+        """Parameters, gradients and slots as lists, if the containers are nested as they were; None otherwise.
+
+        The lists are ours: whoever changes a container meanwhile does not free arrays that a kernel works on.
+        """
+        columns: Columns = [[], []]
+        if not gather(params, self._shape, columns[0], exact=True) or not gather(grads, self._shape, columns[1]):
+            return None
+        if self._numbers and not (isinstance(params, dict | list) and self._filled(columns)):
+            return None
+        for name in self._slots:
+            arrays = slots.get(name)
+            if not isinstance(arrays, dict) or len(arrays) != len(self._keys):
+                return None
+            if list(arrays) == self._keys:
+                columns.append(list(arrays.values()))
+            else:
+                columns.append([arrays.get(key) for key in self._keys])
+        return columns
+
+    def _filled(self, columns: Columns) -> bool:
+        """Put arrays in the place of numbers. False if that cannot be done: the full step says why."""
+        try:
+            for number in self._numbers:
+                i = number.place
+                columns[0][i], columns[1][i] = number.p, number.load(columns[0][i], columns[1][i])
+        except (TypeError, OverflowError):
+            return False
+        return True
+
+    def unchanged(self, columns: Columns) -> bool:
+        """Whether the arrays are what they were. Gradients of other layout are then where the plan reads them."""
+        if not self._watch.unchanged(columns):
+            return False
+        for i, copy in self._copies.items():
+            if columns[1][i] is not None:
+                copy[...] = columns[1][i]
+        return True
+
+
+class _Number:
+    """A number or an immutable array among the parameters, to be replaced in its container; ``p`` stands for it."""
+
+    def __init__(self, place: int, leaf: Leaf) -> None:
+        self.place, self.home, self.index, self.p, self._kind = place, leaf.home, leaf.index, leaf.p, type(leaf.given)
+        self._leaf: Leaf | None = leaf
+        self.read: Callable[[], Any] = partial(getattr, leaf, "p")
+        if issubclass(self._kind, np.generic):
+            self.read = partial(self.p.__getitem__, ())
+        elif issubclass(self._kind, float):
+            self.read = self.p.item
+
+    def without_gradient(self) -> _Number:
+        """The same, without a hold on the leaf: nothing keeps a gradient or a container alive."""
+        assert self._leaf is not None
+        self._g = np.zeros_like(self._leaf.g)
+        numbers = (float, int) if self._g.dtype == np.float64 else ()
+        self._g_kinds = (*numbers, self._g.dtype.type)
+        self._leaf = self.home = None
+        return self
+
+    def load(self, p: Any, g: Any) -> np.ndarray | None:
+        """Take both values in; the gradient as an array. ``TypeError``: they are of another kind now."""
+        if type(p) is not self._kind:
+            raise TypeError
+        self.p[()] = p
+        if g is None or type(g) is np.ndarray:
+            return g
+        if type(g) not in self._g_kinds:
+            raise TypeError
+        self._g[()] = g
+        return self._g
+
+
+def _bring_home(leaf: Leaf, copy: Leaf) -> None:
+    """What was computed in dense copies, into the arrays that they stand for."""
+    for old, new in zip((leaf.p, *leaf.slots), (copy.p, *copy.slots), strict=True):
+        if new is not old:
+            blocks.copy(old, new)

@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 import oracles
 import pytest
+from cases import CASES
 
 import xpoptim as xo
 
@@ -25,25 +26,8 @@ DTYPES = REAL_DTYPES | COMPLEX_DTYPES
 # Slots are kept in the compute dtype, which is float32 for the 16-bit types.
 SLOT_DTYPES = DTYPES | {"float16": np.dtype(np.float32), "bfloat16": np.dtype(np.float32)}
 
-# The rules of the package, each with settings away from its defaults and from 0 and 1.
-RULES: dict[str, dict[str, Any]] = {
-    "SGD": {"lr": 0.1},
-    "Momentum": {"lr": 0.1, "momentum": 0.8},
-    "Nesterov": {"lr": 0.1, "momentum": 0.8},
-    "AdaGrad": {"lr": 0.1, "eps": 1e-3},
-    "RMSprop": {"lr": 0.1, "decay_rate": 0.7, "eps": 1e-3},
-    "Adam": {"lr": 0.1, "beta1": 0.6, "beta2": 0.7, "eps": 1e-3},
-    "AdamW": {"lr": 0.1, "beta1": 0.6, "beta2": 0.7, "eps": 1e-3, "weight_decay": 0.2},
-}
-ORACLES: dict[str, Callable[..., float]] = {
-    "SGD": oracles.sgd,
-    "Momentum": oracles.momentum,
-    "Nesterov": oracles.nesterov,
-    "AdaGrad": oracles.adagrad,
-    "RMSprop": oracles.rmsprop,
-    "Adam": oracles.adam,
-    "AdamW": oracles.adam,
-}
+RULES = {name: case.settings for name, case in CASES.items()}
+ORACLES = {name: case.oracle for name, case in CASES.items()}
 # Every combination of the options that runs in the rule's own pass or feeds it.
 OPTION_VALUES: dict[str, tuple[Any, ...]] = {
     "weight_decay": (0.0, 0.3),

@@ -7,19 +7,16 @@ from importlib import resources
 from typing import Any
 
 import pytest
+import readme_table
+from cases import CASES
 
 import xpoptim as xo
+from xpoptim import optimizers
 
 pytestmark = pytest.mark.smoke
 
 NAMES = {
-    "SGD",
-    "Momentum",
-    "Nesterov",
-    "AdaGrad",
-    "RMSprop",
-    "Adam",
-    "AdamW",
+    *CASES,
     "Dropout",
     "dropout",
     "Optimizer",
@@ -28,17 +25,6 @@ NAMES = {
     "get_num_threads",
     "set_num_threads",
     "random",
-}
-
-# The book's arguments, in its order, which are also taken by position.
-SIGNATURES: dict[str, dict[str, Any]] = {
-    "SGD": {"lr": 0.01},
-    "Momentum": {"lr": 0.01, "momentum": 0.9},
-    "Nesterov": {"lr": 0.01, "momentum": 0.9},
-    "AdaGrad": {"lr": 0.01, "eps": 1e-7},
-    "RMSprop": {"lr": 0.01, "decay_rate": 0.99, "eps": 1e-7},
-    "Adam": {"lr": 0.001, "beta1": 0.9, "beta2": 0.999, "eps": 1e-7},
-    "AdamW": {"lr": 0.001, "beta1": 0.9, "beta2": 0.999, "eps": 1e-7},
 }
 OPTIONS = {
     "weight_decay": 0.0,
@@ -65,25 +51,35 @@ def test_exactly_these_names() -> None:
     assert {name for name in dir(xo) if not name.startswith("_")} == NAMES
 
 
-@pytest.mark.parametrize("name", SIGNATURES)
+def test_every_rule_has_its_case() -> None:
+    assert list(CASES) == optimizers.__all__
+
+
+def test_the_table_of_rules_in_the_readme() -> None:
+    readme = readme_table.README.read_text(encoding="utf-8")
+    assert readme_table.table() in readme, "python tests/readme_table.py writes it"
+    assert readme_table.written(readme) == readme
+
+
+@pytest.mark.parametrize("name", CASES)
 def test_signatures(name: str) -> None:
     kind = getattr(xo, name)
-    expected = OPTIONS | ({"weight_decay": 0.01, "decoupled": True} if name == "AdamW" else {})
+    defaults, expected = CASES[name].defaults, OPTIONS | CASES[name].options
     positional = parameters(kind, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    assert positional == SIGNATURES[name]
-    assert list(positional) == list(SIGNATURES[name])
+    assert positional == defaults
+    assert list(positional) == list(defaults)
     assert parameters(kind, inspect.Parameter.KEYWORD_ONLY) == expected
     opt = kind()
-    for field, default in (SIGNATURES[name] | expected).items():
+    for field, default in (defaults | expected).items():
         assert getattr(opt, field) == default
         assert type(getattr(opt, field)) is type(default)
 
 
-@pytest.mark.parametrize("name", SIGNATURES)
+@pytest.mark.parametrize("name", CASES)
 def test_positional_arguments(name: str) -> None:
-    values = [0.1 + 0.01 * i for i in range(len(SIGNATURES[name]))]
+    values = [0.1 + 0.01 * i for i in range(len(CASES[name].defaults))]
     opt = getattr(xo, name)(*values)
-    assert [getattr(opt, field) for field in SIGNATURES[name]] == values
+    assert [getattr(opt, field) for field in CASES[name].defaults] == values
     with pytest.raises(TypeError):
         getattr(xo, name)(*values, 0.5)
 

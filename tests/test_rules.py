@@ -2,11 +2,11 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import oracles
 import pytest
+from cases import CASES
 from helpers import (
     DTYPES,
     OPTION_COMBINATIONS,
@@ -41,17 +41,7 @@ def test_rule_follows_its_oracle(name: str, engine: str) -> None:
 
 @pytest.mark.parametrize("name", RULES)
 def test_default_hyperparameters_follow_the_oracle(name: str) -> None:
-    defaults = {
-        "SGD": {"lr": 0.01},
-        "Momentum": {"lr": 0.01, "momentum": 0.9},
-        "Nesterov": {"lr": 0.01, "momentum": 0.9},
-        "AdaGrad": {"lr": 0.01, "eps": 1e-7},
-        "RMSprop": {"lr": 0.01, "decay_rate": 0.99, "eps": 1e-7},
-        "Adam": {"lr": 0.001, "beta1": 0.9, "beta2": 0.999, "eps": 1e-7},
-        "AdamW": {"lr": 0.001, "beta1": 0.9, "beta2": 0.999, "eps": 1e-7},
-    }
-    options: dict[str, Any] = {"weight_decay": 0.01, "decoupled": True} if name == "AdamW" else {}
-    assert_follows_oracle(getattr(xo, name)(), ORACLES[name], defaults[name], **options)
+    assert_follows_oracle(getattr(xo, name)(), ORACLES[name], CASES[name].defaults, **CASES[name].options)
 
 
 @pytest.mark.parametrize("options", OPTION_COMBINATIONS, ids=option_id)

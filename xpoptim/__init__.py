@@ -1,25 +1,18 @@
 """Gradient optimizers and Dropout for NumPy and CuPy: one rule, fused in-place kernels, the same bits everywhere."""
 
-from . import random
+from . import optimizers, random
 from ._dropout import Dropout, dropout
 from .engines.choose import engine
 from .engines.cpu.threads import get_num_threads, set_num_threads
 from .errors import TraceError
 from .optimizer import Optimizer
-from .optimizers import SGD, AdaGrad, Adam, AdamW, Momentum, Nesterov, RMSprop
+from .optimizers import *  # noqa: F403
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "SGD",
-    "AdaGrad",
-    "Adam",
-    "AdamW",
     "Dropout",
-    "Momentum",
-    "Nesterov",
     "Optimizer",
-    "RMSprop",
     "TraceError",
     "dropout",
     "engine",
@@ -27,6 +20,7 @@ __all__ = [
     "random",
     "set_num_threads",
 ]
+__all__ += optimizers.__all__
 
 
 def __dir__() -> list[str]:

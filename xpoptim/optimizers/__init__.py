@@ -9,4 +9,5 @@ from .adam import Adam, AdamW
 from .adaptive import AdaGrad, RMSprop
 from .descent import SGD, Momentum, Nesterov
 
-__all__ = ["SGD", "AdaGrad", "Adam", "AdamW", "Momentum", "Nesterov", "RMSprop"]
+# The registry of rules, in the order of the README. Exports, its table and the cases of the tests follow it.
+__all__ = ["SGD", "Momentum", "Nesterov", "AdaGrad", "RMSprop", "Adam", "AdamW"]  # noqa: RUF022

@@ -38,7 +38,9 @@ class Adam(Optimizer):
 
 
 class AdamW(Adam):
-    """Adam with decoupled weight decay (Loshchilov & Hutter, 2019): ``p *= 1 - lr*weight_decay``, then Adam.
+    """Adam with decoupled weight decay (Loshchilov & Hutter, 2019).
+
+    ``p *= 1 - lr*weight_decay``, then Adam's.
 
     weight_decay is 0.01, as in torch; optax has 1e-4 and Keras 0.004.
 

@@ -55,8 +55,10 @@ class Momentum(Optimizer):
 class Nesterov(Optimizer):
     """Nesterov's accelerated gradient (Nesterov, 1983), in the form of Bengio et al. (2013).
 
-    ``p += momentum²*v - (1+momentum)*lr*g; v = momentum*v - lr*g``, with the *old* v: ``p`` is the look-ahead point.
-    It equals ``v = momentum*v - lr*g; p += momentum*v - lr*g``, the form of Keras.
+    ``p += momentum²*v - (1+momentum)*lr*g; v = momentum*v - lr*g``
+
+    The first v is the *old* one: ``p`` is the look-ahead point. It equals ``v = momentum*v - lr*g; p += momentum*v -
+    lr*g``, the form of Keras.
 
     >>> import numpy as np, xpoptim as xo
     >>> params, opt = {"W": np.array([0.0])}, xo.Nesterov(lr=0.1)

@@ -49,6 +49,7 @@ class Declaration:
             cls._options = tuple(own)
             cls._optional = frozenset(name for name in own if getattr(cls, name) is None)
             cls._reserved = frozenset({"xp", "p", "g", "t", "norm", *dir(cls)} - {*own, *habits.METHODS})
+            cls.__signature__ = cls._make_signature()
             return
         cls._check_names(own)
         cls._fields = (*cls._fields, *(name for name in own if name not in cls._fields))

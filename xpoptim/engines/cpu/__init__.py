@@ -1,6 +1,8 @@
 """The CPU engine: machine code over tables of NumPy arrays.
 
+- ``engine``: which arrays it can work on, and what it makes of the others
 - ``plan``: the arrays of a container as one table, and the kernels over it
+- ``blocks``: a block program over one array, for Dropout
 - ``scan``: looks whether hundreds of arrays are what they were, and goes on to the kernel
 - ``thread_pool``: helper threads that share a kernel's work
 - ``threads``: how many threads there may be, and the lock around compilation

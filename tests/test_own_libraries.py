@@ -257,7 +257,7 @@ def cupy_names() -> None:
     """What is asked of CuPy, by the signatures of its own functions; NumPy does the work, which takes no GPU."""
     import cupy
 
-    from xpoptim.arrays import cupy_namespace
+    from xpoptim.arrays.namespaces import cupy_namespace
 
     x = random_values(np.random.default_rng(0), (13, 700), DTYPES["complex64"])
     expected = _asked_for(np, x)
@@ -297,7 +297,7 @@ def _worked_by_numpy() -> Iterator[None]:
     """CuPy's functions check their arguments, as CuPy has them, and then NumPy's do the work."""
     import cupy
 
-    from xpoptim.arrays import cupy_namespace
+    from xpoptim.arrays.namespaces import cupy_namespace
 
     def as_numpy(name: str) -> Any:
         real, work = getattr(cupy, name), getattr(np, name)
@@ -382,7 +382,7 @@ def no_arrays() -> None:
 def test_a_plain_rule_finds_all_of_the_standard() -> None:
     """What the package has no use for, and CuPy does not have by itself, is array-api-compat's."""
     compat = pytest.importorskip("array_api_compat.cupy")
-    from xpoptim.arrays import cupy_namespace
+    from xpoptim.arrays.namespaces import cupy_namespace
 
     assert cupy_namespace.vecdot is compat.vecdot
     assert cupy_namespace.linalg is compat.linalg

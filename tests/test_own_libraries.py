@@ -37,7 +37,7 @@ import xpoptim as xo
 from xpoptim import random
 from xpoptim._dropout import arrays as masking
 from xpoptim._dropout import layer as _dropout
-from xpoptim.arrays import namespaces
+from xpoptim.arrays.namespaces import lookup
 from xpoptim.engines import reference
 
 BLOCKED = """
@@ -274,14 +274,14 @@ def _asked_for(xp: Any, x: np.ndarray) -> list[Any]:
     """Everything that is computed by the functions of a namespace where that is CuPy's."""
     found: list[Any] = [xo.random.words(1, 2, n, xp=xp, start_block=2**32 - 1) * 1.0 for n in (9, 4099)]
     found += [random.keep_mask(5, 1, (3, 7), ratio, xp=xp) * 1.0 for ratio in (0.0, 0.5, 1.0)]
-    names = namespaces.standard(xp)
+    names = lookup.standard(xp)
     for array in (x, x.real, x.real[::-2].astype(np.float64), x[:0]):
-        leaf = masking.operand("x", array, None)._replace(xp=names, device=None)
+        leaf = masking.checked("x", array, None)._replace(xp=names, device=None)
         for keep in (None, random.keep_mask(5, 1, array.shape, 0.5, xp=xp), np.ones((1, 1), bool)):
-            found.append(masking.reference(leaf, keep, 0.3, _dropout._dropped))
+            found.append(masking.by_reference(leaf, keep, 0.3, _dropout._dropped))
         own = array.copy()
         overlapping = leaf._replace(x=own, out=own[::-1])
-        found.append(masking.reference(overlapping, None, 0.3, _dropout._dropped))
+        found.append(masking.by_reference(overlapping, None, 0.3, _dropout._dropped))
     with mock.patch.object(reference, "namespace", return_value=names), xo.engine("reference"):
         for rule, options in itertools.product(RULES, OPTIONS):
             opt, (params, gradients) = make_optimizer(rule, **options), _trees()

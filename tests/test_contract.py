@@ -9,6 +9,7 @@ import pickle
 import subprocess
 import sys
 import tracemalloc
+import warnings
 import weakref
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator
@@ -1388,11 +1389,17 @@ class Unconvertible:
         raise ValueError("no number in here")
 
 
+def _without_unit() -> np.timedelta64:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # NumPy 2.5's
+        return np.timedelta64(1)
+
+
 @pytest.mark.parametrize(
     "value",
     [
         np.timedelta64(1, "s"),
-        np.timedelta64(1),
+        _without_unit(),
         np.datetime64("2024-01-01"),
         np.array(1, "m8[s]"),
         np.void(b"ab"),

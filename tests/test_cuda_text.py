@@ -7,6 +7,7 @@ from collections import Counter
 from typing import Any
 
 import numpy as np
+import nvrtc_reports
 import pytest
 from cuda_host.rules import Assign, Everything, Names
 from helpers import COMPLEX_DTYPES, DTYPES, REAL_DTYPES, RULES, make_optimizer, traced
@@ -42,7 +43,7 @@ def program(opt: xo.Optimizer, dtype: str, g_dtype: str | None = None, kind: str
 
 def kernels(source: str) -> dict[str, str]:
     """The PTX of each kernel of a text."""
-    ptx = nvrtc.ptx(source, "compute_90")
+    ptx = nvrtc_reports.ptx(source, "compute_90")
     for loose in ("fma.", ".ftz", ".approx", ".full", "call"):
         assert loose not in ptx, f"{loose} in:\n{ptx}"
     return dict(re.findall(r"\.entry (\w+)\((.*?)(?=\.visible \.entry|\Z)", ptx, re.DOTALL))
@@ -67,7 +68,7 @@ def expected_accesses(update: Program) -> dict[str, int]:
 
 def check_resources(source: str, names: set[str], architectures: tuple[str, ...] = ARCHITECTURES) -> None:
     for arch in architectures:
-        report = nvrtc.resources(source, arch)
+        report = nvrtc_reports.resources(source, arch)
         assert set(report) == names
         for name, used in report.items():
             assert max(used.stack, used.spill_stores, used.spill_loads) <= SPILLED, f"{name} for {arch}: {used}"
@@ -146,8 +147,8 @@ def test_names_of_slots_and_hyperparameters() -> None:
     update = program(Names(), "float32")
     source = text.update_source(update, 8)
     for arch in ARCHITECTURES:
-        assert set(nvrtc.resources(source, arch)) == {"update", "update_many"}
-        assert set(nvrtc.resources(text.prologue_source(update), arch)) == {"prologue", "set_inputs"}
+        assert set(nvrtc_reports.resources(source, arch)) == {"update", "update_many"}
+        assert set(nvrtc_reports.resources(text.prologue_source(update), arch)) == {"prologue", "set_inputs"}
     names = [text.name_of(buffer) for buffer in update.buffers]
     assert len(set(names)) == len(names)
     assert all(re.fullmatch("[A-Za-z0-9_]+", name) for name in names)
@@ -186,7 +187,7 @@ def test_every_by_value_parameter_is_checked() -> None:
             assert f"static_assert(sizeof({struct}) == " in source, name
             checks = re.findall(rf"\(XP_OFFSET\({struct}, (\w+)\) == \d+ && sizeof\({struct}::(\w+)\) == \d+\)", source)
             assert checks == [(member, member) for member in members], name
-        nvrtc.ptx(source, "compute_90")
+        nvrtc_reports.ptx(source, "compute_90")
 
 
 def wrong(dtype: np.dtype, mistake: str) -> np.dtype:
@@ -234,7 +235,7 @@ def source_with(module: Any, name: str, mistake: str, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(("module", "name", "mistake"), WRONG)
 def test_a_wrong_dtype_does_not_compile(module: Any, name: str, mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(nvrtc.CompileError, match="static assertion failed"):
-        nvrtc.ptx(source_with(module, name, mistake, monkeypatch), "compute_90")
+        nvrtc_reports.ptx(source_with(module, name, mistake, monkeypatch), "compute_90")
 
 
 @pytest.mark.parametrize("mistake", ["another number", "one more"])
@@ -243,7 +244,7 @@ def test_a_wrong_dtype_of_the_upload_does_not_compile(mistake: str) -> None:
     assert right in text.UPLOAD_SOURCE
     source = text.UPLOAD_SOURCE.replace(right, text.layout_checks(Piece=wrong(text.PIECE_DTYPE, mistake)))
     with pytest.raises(nvrtc.CompileError, match="static assertion failed"):
-        nvrtc.ptx(source, "compute_90")
+        nvrtc_reports.ptx(source, "compute_90")
 
 
 def parameter_bytes(ptx: str) -> int:

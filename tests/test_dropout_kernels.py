@@ -15,6 +15,7 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import nvrtc_reports
 import pytest
 from cuda_host.emulated import emulated_gpu, like
 from cuda_host.host_kernel import HostModule, host_memory, missing, run_sanitized, to_cupy, to_numpy
@@ -787,13 +788,13 @@ EVERY_KERNEL = pytest.mark.parametrize("kernel", [_dropout.kernel, _dropout.scal
 class TestCompiledForGPUs:
     @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
     def test_nothing_is_spilled(self, name, kernel, arch):
-        report = nvrtc.resources(cuda_blocks.source(kernel(name).program), arch)["blocks"]
+        report = nvrtc_reports.resources(cuda_blocks.source(kernel(name).program), arch)["blocks"]
         assert not report.spills
         assert report.registers <= 64
 
     def test_sixteen_bytes_at_a_time(self, name, kernel):
         """Vectors of 16 bytes for the whole of what a thread takes, beside single elements for the ends."""
-        ptx = nvrtc.ptx(cuda_blocks.source(kernel(name).program), "compute_90")
+        ptx = nvrtc_reports.ptx(cuda_blocks.source(kernel(name).program), "compute_90")
         bits = {"float16": 16, "bfloat16": 16, "float64": 64, "complex128": 64}.get(name, 32)
         parts, blocks_each = len(kernel(name).program.lanes), cuda_blocks.blocks_of_a_thread(kernel(name).program)
         for access in ("ld", "st"):
@@ -804,7 +805,7 @@ class TestCompiledForGPUs:
 
     def test_words_are_drawn_once_for_four_elements(self, name, kernel):
         """Ten rounds, two products each, of which the stream's in the first is the same for all blocks."""
-        ptx = nvrtc.ptx(cuda_blocks.source(kernel(name).program), "compute_90")
+        ptx = nvrtc_reports.ptx(cuda_blocks.source(kernel(name).program), "compute_90")
         blocks_each = cuda_blocks.blocks_of_a_thread(kernel(name).program)
         products = len(re.findall(r"mul\.hi\.u32|mul\.wide\.u32", ptx)) - 1  # one finds the thread's place
         if kernel is _dropout.kernel:

@@ -25,21 +25,21 @@ class Share:
 
 def shares(recipe: Recipe, leaves: list[Leaf]) -> list[Share]:
     """Every leaf's engine in force. Who has neither a kernel nor a gradient is in no share."""
-    found: dict[int, Share] = {}
+    found: dict[Engine, Share] = {}
     for leaf in leaves:
         kernels, reason = _kernels(recipe, leaf)
-        if selected() == "fused" and reason and leaf.g is not None:
+        if leaf.g is None and (reason or selected() == "reference"):
+            continue
+        if reason and selected() == "fused":
             place = leaf.named("params")
             raise ValueError(f'{place} cannot take the fused path: {reason} (xo.engine("auto") allows it)')
-        takes_kernel = kernels is not None and selected() != "reference" and not (reason and leaf.g is None)
-        engine: Engine = kernels if takes_kernel and kernels else reference.ENGINE
-        if not takes_kernel and leaf.g is None:
+        if kernels is None or selected() == "reference":
+            found.setdefault(reference.ENGINE, Share(reference.ENGINE)).leaves.append(leaf)
             continue
-        share = found.setdefault(id(engine), Share(engine))
-        if reason and takes_kernel and kernels:
+        share = found.setdefault(kernels, Share(kernels))
+        if reason:
             share.staged.append((leaf, kernels.staged(leaf)))
-            leaf = share.staged[-1][1]
-        share.leaves.append(leaf)
+        share.leaves.append(share.staged[-1][1] if reason else leaf)
     return list(found.values())
 
 

@@ -14,21 +14,16 @@ import numpy as np
 from . import cupy_namespace
 
 
-class _Extent:
-    """The memory of an array as NumPy sees it: an address with shape and strides, never dereferenced."""
-
-    def __init__(self, pointer: int, shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> None:
-        self.__array_interface__ = {
-            "data": (pointer, False),
-            "shape": shape,
-            "strides": strides,
-            "typestr": f"|V{itemsize}",
-            "version": 3,
-        }
+class _Memory:
+    def __init__(self, **interface: Any) -> None:
+        self.__array_interface__ = interface
 
 
-def _extent(pointer: int, shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> np.ndarray | None:
-    return np.asarray(_Extent(pointer, shape, strides, itemsize)) if pointer else None
+def memory_at(address: int, shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> np.ndarray | None:
+    """Somebody else's memory as an array of bytes, which does not keep it alive; None for no address."""
+    if not address:
+        return None
+    return np.asarray(_Memory(data=(address, False), shape=shape, strides=strides, typestr=f"|V{itemsize}", version=3))
 
 
 class Library:
@@ -163,7 +158,7 @@ class _CuPy(Library):
 
     def extent(self, x: Any) -> np.ndarray | None:
         # Not by __cuda_array_interface__, which may wait for a stream.
-        return _extent(x.data.ptr, x.shape, x.strides, x.itemsize)
+        return memory_at(x.data.ptr, x.shape, x.strides, x.itemsize)
 
     def copied(self, x: Any) -> Any:
         with self.on(x.data.device_id):
@@ -183,7 +178,7 @@ class _Torch(Library):
 
     def extent(self, x: Any) -> np.ndarray | None:
         size = x.element_size()
-        return _extent(x.data_ptr(), tuple(x.shape), tuple(s * size for s in x.stride()), size)
+        return memory_at(x.data_ptr(), tuple(x.shape), tuple(s * size for s in x.stride()), size)
 
     def copied(self, x: Any) -> Any:
         return x.clone()

@@ -16,6 +16,7 @@ import numpy as np
 
 from ...arrays.dtypes import PART
 from ...arrays.leaves import Leaf
+from ...arrays.namespaces.libraries import memory_at
 from ...codegen.llvm.elementwise import HEADER, assembly
 from ...recipe.recipe import Traced
 from ...trace.program import Program
@@ -122,7 +123,11 @@ class Plan:
         self._sums = np.zeros(start // CHUNK + 1)
         self._first_chunks = np.array(self._starts, np.int64) // CHUNK
         self._long = [i for i, length in enumerate(self._lengths) if length > CHUNK]
-        self._odd = {i: _Layout(x.g) for i, x in enumerate(leaves) if x.g is not None and not x.g.flags.c_contiguous}
+        self._odd = {
+            i: (x.g.shape, x.g.strides, x.g.dtype)
+            for i, x in enumerate(leaves)
+            if x.g is not None and not x.g.flags.c_contiguous
+        }
         self._inputs: Any = (ctypes.c_double * len(self.recipe.inputs))()
         self._inputs_at = ctypes.addressof(self._inputs)
         self._cursors = thread_pool.cursors()
@@ -169,10 +174,11 @@ class Plan:
         self._calls["norm"].run(unseen)
         for row, length in skipped:
             self._table[row, 0] = length
-        for i, layout in self._odd.items():
+        for i, (shape, strides, dtype) in self._odd.items():
             row = self._table[self._rows[i]]
-            if row[0]:
-                self._add_up_odd(i, layout.at(int(row[HEADER + 1])), self._chunks(i, int(row[0])))
+            g = memory_at(int(row[HEADER + 1]), shape, strides, dtype.itemsize)
+            if row[0] and g is not None:
+                self._add_up_odd(i, g.view(dtype), self._chunks(i, int(row[0])))
 
     def sums(self) -> dict[str, float]:
         lengths = self._table[self._rows, 0]
@@ -225,16 +231,3 @@ class Plan:
         if self._calls.keys() != {"update"} or not isinstance(watch, scan.Scanner):
             return None
         return scan.Direct(watch, container, self._calls["update"], self._elements)
-
-
-class _Layout:
-    """The layout of an array, to look at another one that has it."""
-
-    def __init__(self, array: np.ndarray) -> None:
-        self._dtype, words = array.dtype, np.dtype(f"V{array.itemsize}")
-        self._interface = {"shape": array.shape, "strides": array.strides, "typestr": words.str, "version": 3}
-
-    def at(self, address: int) -> np.ndarray:
-        """The array at an address. It does not keep the memory alive."""
-        self.__array_interface__ = self._interface | {"data": (address, True)}
-        return np.asarray(self).view(self._dtype)

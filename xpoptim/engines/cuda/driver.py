@@ -118,12 +118,6 @@ def dense(array: Any) -> Any:
         return cupy.ascontiguousarray(array)
 
 
-def copied(array: Any) -> Any:
-    """A copy of the same layout, as far as CuPy keeps it."""
-    with beside(array):
-        return array.copy(order="K")
-
-
 def copy(to: Any, source: Any) -> None:
     """The values of an array into one of the same shape and dtype on the same GPU, on its current stream."""
     with beside(to):

@@ -18,10 +18,8 @@ import contextlib
 import hashlib
 import json
 import os
-import re
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,24 +46,6 @@ class CompileError(RuntimeError):
     """NVRTC refused the text; the message holds its log and the text with line numbers."""
 
 
-@dataclass(frozen=True)
-class Resources:
-    """Registers a thread, bytes of stack, and bytes spilled to memory for want of registers."""
-
-    registers: int
-    stack: int
-    spill_stores: int
-    spill_loads: int
-
-    @property
-    def spills(self) -> bool:
-        """Whether a thread keeps anything in memory.
-
-        What is spilled around the subroutines for division and square root counts as stack alone.
-        """
-        return self.stack + self.spill_stores + self.spill_loads > 0
-
-
 # --- compiling
 
 
@@ -88,37 +68,13 @@ def cubin(source: str, arch: str, options: Sequence[str] = ()) -> bytes:
     return _memory[key]
 
 
-def ptx(source: str, arch: str, options: Sequence[str] = ()) -> str:
-    """The text as PTX for ``arch`` (``"compute_90"``), to read its operations and accesses in. Not cached."""
-    return _compile(source, (*FLAGS, f"-arch={arch}", *options), "PTX")[0].decode()
-
-
-def resources(source: str, arch: str, options: Sequence[str] = ()) -> dict[str, Resources]:
-    """What each kernel of the text takes on ``arch`` (``"sm_90"``), as ptxas reports it. Not cached."""
-    _, log = _compile(source, (*FLAGS, f"-arch={arch}", *options, "--ptxas-options=-v"), "CUBIN")
-    patterns = (
-        r"Used (\d+) registers",
-        r"(\d+) bytes stack frame",
-        r"(\d+) bytes spill stores",
-        r"(\d+) bytes spill loads",
-    )
-    report = {}
-    for kernel, body in re.findall(r"Compiling entry function '(\S+)'(.*?Used \d+ registers)", log, re.DOTALL):
-        numbers = (re.search(pattern, body) for pattern in patterns)
-        report[kernel] = Resources(*(int(number[1]) if number else 0 for number in numbers))
-    return report
-
-
-def _compile(source: str, arguments: Sequence[str], product: str) -> tuple[bytes, str]:
-    """The product, "CUBIN" or "PTX", and NVRTC's log."""
+def _compile(source: str, arguments: Sequence[str]) -> bytes:
     nvrtc = _nvrtc()
     program = nvrtc.createProgram(str(source), "kernel.cu", (), ())  # it takes no subclass, such as `Source`
     try:
         nvrtc.compileProgram(program, arguments)
-        # CuPy cuts the last byte off, as a terminator. PTX has one, but a cubin ends with the upper end of a number,
-        # which is zero.
-        image = nvrtc.getPTX(program) if product == "PTX" else nvrtc.getCUBIN(program) + b"\0"
-        return image, nvrtc.getProgramLog(program)
+        # CuPy cuts the last byte off, as a text's end. In a cubin it is the upper end of a number, which is zero.
+        return nvrtc.getCUBIN(program) + b"\0"
     except nvrtc.NVRTCError as error:
         numbered = "\n".join(f"{number:5}  {line}" for number, line in enumerate(source.splitlines(), 1))
         used = " ".join(arguments)
@@ -255,7 +211,7 @@ def _key(source: str, arguments: Sequence[str]) -> str:
 
 
 def _compile_and_keep(key: str, source: str, arguments: Sequence[str]) -> bytes:
-    image, _ = _compile(source, arguments, "CUBIN")
+    image = _compile(source, arguments)
     _write(key, image)
     return image
 

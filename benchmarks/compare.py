@@ -34,6 +34,7 @@ from statistics import median
 from typing import Any
 
 import peers
+import versions
 
 from xpoptim.demo.info import cpu_name
 
@@ -203,10 +204,16 @@ def main() -> None:
     parser.add_argument("--size", nargs="+", type=int, choices=range(len(peers.SIZES)), help="0 to 3: these sizes")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--no-once", action="store_true", help="leave out first step and import")
+    parser.add_argument("--against", metavar="COMMIT", help="only compare with the package at another commit")
+    parser.add_argument("--case", default="", help="of --against: only the cases with this in their names")
     asked = parser.parse_args()
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: asked.threads])
     report: dict[str, Any] = {"circumstances": circumstances(asked.threads)}
+    if asked.against:
+        report["against"] = {asked.against: versions.against(asked.against, asked.threads, asked.case)}
+        write(report, asked.out)
+        return
     report["once"] = {} if asked.no_once else once()
     peers.set_threads(asked.threads)
     names = ["xpoptim", *(name for name in asked.only or DEFAULT if name != "xpoptim")]
@@ -216,8 +223,12 @@ def main() -> None:
     sizes = [peers.SIZES[k] for k in asked.size or range(len(peers.SIZES))]
     report["steps"] = {f"{k:,} × {n:,}": compare((k, n), names, *BLOCKS[k, n]) for k, n in sizes}
     show(report)
-    if asked.out:
-        asked.out.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    write(report, asked.out)
+
+
+def write(report: dict[str, Any], out: Path | None) -> None:
+    if out:
+        out.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":

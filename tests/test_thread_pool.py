@@ -279,8 +279,8 @@ def stepped(make: Callable[[int], tuple[Any, Any]], steps: int = 4) -> tuple[Any
     opt, direct, params = xo.Momentum(lr=0.5), [], None
     original = scan.Direct.run
 
-    def run(self: scan.Direct, containers: tuple[Any, ...], made: Any) -> bool:
-        direct.append(original(self, containers, made))
+    def run(self: scan.Direct, inputs: Any, containers: tuple[Any, ...], made: Any) -> bool:
+        direct.append(original(self, inputs, containers, made))
         assert made.value == direct[-1]
         return direct[-1]
 

@@ -35,7 +35,7 @@ class Watch(Protocol):
 class Direct(Protocol):
     """A watch and the only pass of a plan in one call, over containers that need no walk."""
 
-    def run(self, containers: tuple[Any, ...], made: Made) -> bool:
+    def run(self, inputs: Sequence[float], containers: tuple[Any, ...], made: Made) -> bool:
         """Run the pass unless anything may have changed; whether it was run."""
 
 

@@ -186,17 +186,16 @@ class Declaration:
     @property
     def _recipe(self) -> Recipe:
         """What a step computes with the present hyperparameters."""
-        return self._scalars(0, evaluate=False)[0]
+        version, recipe, _ = self._derived
+        return self._derive()[0] if recipe is None or version is not self._version else recipe
 
-    def _scalars(self, step: int, *, evaluate: bool = True) -> tuple[Recipe, list[float]]:
+    def _scalars(self, step: int) -> tuple[Recipe, list[float]]:
         """The recipe, and its inputs at a step (0-based): t, then the hyperparameters in the recipe's order."""
         version, recipe, constants = self._derived
         if recipe is None or version is not self._version:
             recipe, constants = self._derive()
         if constants is not None:
             return recipe, [step + 1.0, *constants]
-        if not evaluate:
-            return recipe, []
         owner = type(self).__name__
         values = [hyperparameters.at(owner, name, getattr(self, name), step) for name in recipe.hyperparameters]
         return recipe, [step + 1.0, *values]

@@ -40,7 +40,7 @@ class Prepared:
         in_place: bool,
     ) -> None:
         self.recipe, self.capturable, self._engine, self._leaves = traced.recipe, capturable, selected(), leaves
-        self._names = {leaf.key: leaf.named("grads") for leaf in leaves}
+        self._names = {leaf.key: leaf.named("grads") for leaf in leaves} if traced.recipe.reductions else {}
         self._keys = [leaf.key for leaf in leaves]
         self._plans: list[Plan] = []
         self._turns: list[tuple[Keeper, Sequence[int]]] = []
@@ -78,16 +78,16 @@ class Prepared:
     def run(self, made: Made, inputs: Sequence[float], numbers_to: Any = None) -> None:
         """Write parameters and slots; numbers are replaced in their containers, or in ``numbers_to``."""
         replacing = self._replacing(numbers_to) if self._numbers else ()
-        for plan in self._plans:
-            plan.set_inputs(inputs)
         if not self._plans:
             made.value = 1  # over nothing, or nothing with a gradient
         try:
             for plan in self._plans:
+                plan.set_inputs(inputs)
                 plan.run("update", made)
         finally:  # also if a signal handler raised right after the kernels
-            if made.value:
+            if made.value and replacing:
                 deque(replacing, maxlen=0)
+            if made.value and self._staged:
                 for leaf, copy in self._staged:
                     _bring_home(leaf, copy)
 
@@ -144,10 +144,10 @@ class Prepared:
         look = self._look
         if look is None or type(slots) is not dict or self._engine != selected():
             return False
-        if look.direct is not None:
-            self._plans[0].set_inputs(inputs)
-            if look.direct.run((params, grads, *[slots.get(name) for name in self.recipe.slots]), made):
-                return True  # else keys may have come as equal strings, which take a walk
+        if look.direct is not None and look.direct.run(
+            inputs, (params, grads, *map(slots.get, self.recipe.slots)), made
+        ):
+            return True  # else keys may have come as equal strings, which take a walk
         columns = look.columns(params, grads, slots)  # which hold the arrays while kernels work on them
         if columns is None:
             return False
@@ -163,6 +163,9 @@ class Prepared:
             return False
         self.run(made, self.reduced(inputs) if self.recipe.reductions else inputs, params)
         return True
+
+
+_MUTABLE = (dict, list)
 
 
 class _Look:
@@ -189,7 +192,7 @@ class _Look:
         columns: Columns = [[], []]
         if not gather(params, self._shape, columns[0], exact=True) or not gather(grads, self._shape, columns[1]):
             return None
-        if self._numbers and not (isinstance(params, dict | list) and self._filled(columns)):
+        if self._numbers and not self._filled(columns, params):
             return None
         for name in self._slots:
             arrays = slots.get(name)
@@ -201,15 +204,16 @@ class _Look:
                 columns.append([arrays.get(key) for key in self._keys])
         return columns
 
-    def _filled(self, columns: Columns) -> bool:
+    def _filled(self, columns: Columns, container: object) -> bool:
         """Put arrays in the place of numbers. False if that cannot be done: the full step says why."""
+        params, grads = columns
         try:
             for number in self._numbers:
                 i = number.place
-                columns[0][i], columns[1][i] = number.p, number.load(columns[0][i], columns[1][i])
+                params[i], grads[i] = number.p, number.load(params[i], grads[i])
         except (TypeError, OverflowError):
             return False
-        return True
+        return isinstance(container, _MUTABLE)
 
     def unchanged(self, columns: Columns) -> bool:
         """Whether the arrays are what they were. Gradients of other layout are then where the plan reads them."""

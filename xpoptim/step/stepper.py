@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from ctypes import c_int64
 from typing import Any, TypeVar
 
 from ..arrays.leaves import ABSENT, Leaf, as_given, pairs, rebuilt
@@ -49,7 +49,7 @@ class Stepper:
 
     def update(self, settings: Declaration, params: Any, grads: Any) -> None:
         """A step in place: the last one again, or else one that is prepared."""
-        state, made = self.state, ctypes.c_int64()
+        state, made = self.state, c_int64()
         recipe, inputs = settings._scalars(checked_step(state))
         last = self._prepared
         same = last is not None and last.recipe is recipe and last.capturable is settings.capturable
@@ -84,11 +84,11 @@ class Stepper:
         recipe, inputs = settings._scalars(state["step"])
         traced, started = self._tracing(recipe), _started(settings, params, state)
         leaves = resolve(pairs(params, grads), writing=False)
-        self._refuse_capture(leaves)
+        self._not_captured(leaves)
         state["slots"] = slots_for(type(settings).__name__, settings._slot_starts(), leaves, state, started)
         copy_overlapping_gradients(leaves)
         prepared = Prepared(traced, leaves, lambda _: None, capturable=False, in_place=False)
-        prepared.run(ctypes.c_int64(), prepared.reduced(inputs))
+        prepared.run(c_int64(), prepared.reduced(inputs))
         self._traced = traced
         _keep_immutable(recipe, leaves, state["slots"])
         state["step"] += 1
@@ -131,26 +131,28 @@ class Stepper:
             self._keepers[engine] = keeper
         return self._keepers[engine]
 
-    def _keepers_of(self, arrays: Iterable[Array]) -> list[tuple[Keeper, set[int]]]:
+    def _keepers_of(self, arrays: list[Array]) -> list[tuple[Keeper, set[int]]]:
         """The keepers of all engines so far and of those of some arrays, with these arrays' devices."""
-        arrays = list(arrays)
         for library in {library_with(array) for array in arrays}:
             engine = kernels_for(library)
             if engine is not None:
                 self._keeper(engine)
         return [(keeper, keeper.devices_of(arrays)) for keeper in self._keepers.values()]
 
-    def _refuse_capture(self, leaves: list[Leaf]) -> None:
-        for keeper, devices in self._keepers_of(leaf.p for leaf in leaves):
+    def _not_captured(self, leaves: list[Leaf]) -> list[tuple[Keeper, set[int]]]:
+        """The same for a step in full, which cannot be captured into a graph."""
+        found = self._keepers_of([leaf.p for leaf in leaves])
+        for keeper, devices in found:
             keeper.refuse_capture(devices)
+        return found
 
     @contextmanager
     def _turn(self, leaves: list[Leaf]) -> Iterator[None]:
         """A step in full, whose plan takes the place of the last one's."""
-        self._refuse_capture(leaves)
+        turns = self._not_captured(leaves)
         self.release()
         with ExitStack() as stack:
-            for keeper, devices in self._keepers_of(leaf.p for leaf in leaves):
+            for keeper, devices in turns:
                 stack.enter_context(keeper.taken(devices))
             yield
 

@@ -57,6 +57,14 @@ class Program:
     stores: tuple[tuple[int, int], ...] = ()
     reduces: int | None = None
 
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        """Worked out once: kernels are looked up by their programs."""
+        return hash((self.name, self.compute, self.buffers, self.inputs, self.nodes, self.stores, self.reduces))
+
     @cached_property
     def needed(self) -> tuple[int, ...]:
         """The nodes that matter, operands before their users."""

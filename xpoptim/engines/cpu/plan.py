@@ -230,4 +230,4 @@ class Plan:
     def direct(self, watch: Watch, container: type) -> scan.Direct | None:
         if self._calls.keys() != {"update"} or not isinstance(watch, scan.Scanner):
             return None
-        return scan.Direct(watch, container, self._calls["update"], self._elements)
+        return scan.Direct(watch, container, self._inputs, self._calls["update"], self._elements)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -448,22 +449,23 @@ class Direct:
     """A whole step as one call: `Scanner.unchanged` for the containers themselves, not for lists of what they hold, and
     then the kernel.
 
-    ``container`` is the type of parameters and gradients, dict or list.
+    ``container`` is the type of parameters and gradients, dict or list; ``inputs`` are what the kernel reads its from.
     """
 
-    def __init__(self, scanner: Scanner, container: type, calls: thread_pool.Calls, elements: int) -> None:
-        self._scanner, self._calls = scanner, calls
+    def __init__(self, scanner: Scanner, container: type, inputs: Any, calls: thread_pool.Calls, elements: int) -> None:
+        self._scanner, self._inputs, self._calls = scanner, inputs, calls
         self._kinds = np.full(scanner.columns, id(dict), np.int64)
         self._kinds[:2] = id(container)
         self._what = np.array([thread_pool.perform_at(), calls.count, calls.at, elements > _BRIEF], np.int64)
         self._addresses = scanner.at, self._kinds.ctypes.data, self._what.ctypes.data
         _, self._step = _functions()
 
-    def run(self, containers: tuple[Any, ...], made: Any) -> bool:
+    def run(self, inputs: Sequence[float], containers: tuple[Any, ...], made: Any) -> bool:
         """Whether the step was made. It is not if anything may have changed, as when a key is another object.
 
         ``made`` is a ``c_int64`` that becomes 1 with the step, for a caller that is interrupted before it is told.
         """
+        self._inputs[:] = inputs
         different = self._step(
             containers, *self._addresses, *thread_pool.hired(self._calls.work), ctypes.addressof(made)
         )

@@ -2925,6 +2925,14 @@ def test_an_own_init_that_forgets_the_base() -> None:
     assert (params[0] == 1 - 0.01).all()
 
 
+def test_load_state_dict_of_what_numpy_makes_of_one() -> None:
+    """`numpy.savez` puts a dict into an array without axes."""
+    opt = xo.Momentum()
+    with pytest.raises(TypeError, match=r"not ndarray: pass its \.item\(\)"):
+        opt.load_state_dict(np.array(opt.state_dict()))  # type: ignore[arg-type]
+    opt.load_state_dict(np.array(opt.state_dict()).item())
+
+
 def test_load_state_dict_of_a_state() -> None:
     opt = xo.SGD()
     with pytest.raises(ValueError, match=r"takes what state_dict\(\) returns"):

@@ -87,6 +87,22 @@ def test_an_init_is_the_map_of_its_folder(folder: Path) -> None:
     assert set(re.findall(r"^- ``(\w+)``:", text, re.MULTILINE)) == inside - {"__init__"}
 
 
+# Where a library may be asked for by its name: its engine's folder, the namespaces, and what shows things to a user.
+KNOW_LIBRARIES = ("arrays/namespaces", "engines/cpu", "engines/cuda", "engines/registry.py", "demo", "__main__.py")
+LIBRARIES = {"numpy", "cupy", "torch", "jax", "array_api_strict"}
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if not path.as_posix().startswith(KNOW_LIBRARIES)], ids=str)
+def test_nothing_else_asks_which_library_an_array_is_of(path: Path) -> None:
+    for node in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            assert {alias.name.split(".")[0] for alias in node.names} & LIBRARIES <= {"numpy"}
+        elif isinstance(node, ast.Compare):
+            compared = [node.left, *node.comparators]
+            assert not {x.value for x in compared if isinstance(x, ast.Constant)} & LIBRARIES, ast.unparse(node)
+            assert not {x.id for x in compared if isinstance(x, ast.Name)} & {"NUMPY", "CUPY"}, ast.unparse(node)
+
+
 def code_lines(path: Path) -> set[int]:
     """The lines of a file that are neither empty, nor comments, nor docstrings."""
     text = (ROOT / path).read_text(encoding="utf-8")

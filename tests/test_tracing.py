@@ -201,3 +201,15 @@ def test_programs_of_all_dtypes_come_from_one_trace(dtype: str) -> None:
     for kind, program in once.programs(dtype, dtype).items():
         assert program.nodes is narrow[kind].nodes
         assert [buffer.dtype for buffer in program.buffers[:2]] == [dtype, dtype]
+
+
+def test_a_function_that_is_not_in_the_table_names_the_way_out() -> None:
+    class Exponential(xo.Optimizer):
+        lr: float = 0.1
+
+        @staticmethod
+        def rule(xp, p, g, *, lr):
+            return p - lr * xp.exp(g)
+
+    with pytest.raises(xo.TraceError, match=r"Exponential\.rule uses xp\.exp.*fused = False"):
+        Exponential().update([np.ones(2)], [np.ones(2)])

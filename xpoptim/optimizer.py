@@ -329,7 +329,10 @@ class Optimizer(Declaration, options=True):
         """
         name = type(self).__name__
         if not isinstance(d, Mapping):
-            raise TypeError(f"{name}.load_state_dict takes the dict that state_dict made, not {type(d).__name__}")
+            inside = ": pass its .item()" if getattr(d, "shape", None) == () else ""  # as numpy.load gives it
+            raise TypeError(
+                f"{name}.load_state_dict takes the dict that state_dict made, not {type(d).__name__}{inside}"
+            )
         if "class" not in d:
             raise ValueError(f"{name}.load_state_dict takes what state_dict() returns, which has an entry 'class'")
         check_class(type(self), d["class"])

@@ -43,11 +43,11 @@ class Operand(NamedTuple):
 
 def checked(name: str, x: Any, out: Any) -> Operand:
     is_scalar = isinstance(x, (bool, int, float, complex, np.generic))
-    if is_scalar or isinstance(x, np.ndarray):
-        x = np.asarray(x)
+    x = np.asarray(x) if is_scalar else x
     library = library_of(x)
     if library is None:
         raise TypeError(f"{name} must be an array or a scalar, not {type(x).__name__}")
+    x = library.without_subclass(x)
     dtype = dtype_name(x)
     if dtype not in REAL_DTYPES + COMPLEX_DTYPES:
         raise TypeError(

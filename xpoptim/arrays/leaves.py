@@ -403,13 +403,6 @@ def replaced(leaf: Leaf) -> bool:
 def as_given(leaf: Leaf) -> Any:
     """The new value in the form that the user gave: a float for a float, a NumPy scalar for one, else the array.
 
-    An array of a subclass of ndarray is wrapped as NumPy wraps what it computes from one: attributes are handed on by
-    ``__array_finalize__``, and what is computed from a memory map is a plain array.
+    An array of a subclass of ndarray is wrapped again; what is computed from a memory map is a plain array.
     """
-    if isinstance(leaf.given, np.generic):
-        return leaf.p[()]
-    if isinstance(leaf.given, float):
-        return float(leaf.p)
-    if isinstance(leaf.given, np.ndarray) and type(leaf.given) is not np.ndarray:
-        return leaf.given.__array_wrap__(leaf.p)
-    return leaf.p
+    return leaf.library.wrapped(leaf.p, leaf.given)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 
 from ..arrays.namespaces.lookup import library_with
@@ -44,10 +46,18 @@ class Kernel:
         if not x.size:
             return
         numbers = x.size * (len(self.program.lanes) // 4)
-        real = np.float32 if self.program.compute == "float32" else np.float64
-        with np.errstate(over="ignore"):
-            scalars = np.array(evaluate(self.program, inputs) or [0.0]).astype(real)
         library = library_with(x)
         if library.name not in self._kernels:
             self._kernels.setdefault(library.name, _engine_of(x).block_kernel(self.program))
-        self._kernels[library.name](x, y, numbers, scalars, np.array(words or [0], np.uint32))
+        self._kernels[library.name](
+            x, y, numbers, _scalars(self.program, tuple(inputs)), np.array(words or [0], np.uint32)
+        )
+
+
+@lru_cache(maxsize=64)  # a layer asks for the same ones at each call
+def _scalars(program: BlockProgram, inputs: tuple[float, ...]) -> np.ndarray:
+    real = np.float32 if program.compute == "float32" else np.float64
+    with np.errstate(over="ignore"):
+        scalars = np.array(evaluate(program, inputs) or [0.0]).astype(real)
+    scalars.flags.writeable = False
+    return scalars

@@ -13,9 +13,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-import numpy as np
-
 from ..arrays.dtypes import compute_dtype, slot_dtype
+from ..arrays.namespaces.lookup import library_with
 from ..errors import TraceError
 from ..trace.language import Functions, Value, lift
 from ..trace.program import Buffer, Program
@@ -190,7 +189,7 @@ def _plain(rule: Callable[..., Any], xp: Functions, arrays: list[Value], keyword
     """A rule that is not elementwise, called with the namespace, arrays and floats themselves."""
     backend: Any = xp._backend
     numbers = {name: float(x.raw) if isinstance(x, Value) else x for name, x in keywords.items()}
-    given = [_read_only(array.raw) for array in arrays]
+    given = [library_with(array.raw).read_only(array.raw) for array in arrays]
     result = rule(backend.xp, *given, **numbers)
     own = {id(shown): array.raw for shown, array in zip(given, arrays, strict=True)}  # for what is handed through
     results = result if isinstance(result, tuple | list) else (result,)
@@ -199,20 +198,11 @@ def _plain(rule: Callable[..., Any], xp: Functions, arrays: list[Value], keyword
     return tuple(Value(backend, own[id(raw)] if id(raw) in own else _apart(backend.xp, raw, arrays)) for raw in results)
 
 
-def _read_only(raw: Any) -> Any:
-    """A NumPy array as one that a rule cannot write to; other libraries have no such thing."""
-    if not isinstance(raw, np.ndarray):
-        return raw
-    view = raw.view()
-    view.flags.writeable = False
-    return view
-
-
 def _apart(xp: Any, raw: Any, arrays: list[Value]) -> Any:
     """A result in memory of its own: a view of an argument would change when that is written to."""
-    if isinstance(raw, np.ndarray) and not any(np.may_share_memory(raw, array.raw) for array in arrays):
-        return raw
-    return xp.asarray(raw, copy=True)
+    if library_with(raw).shared(raw, [array.raw for array in arrays]):
+        return xp.asarray(raw, copy=True)
+    return raw
 
 
 def _check_plain(rule: str, raw: Any, p: Any) -> None:

@@ -10,8 +10,7 @@ import numpy as np
 
 from ..arrays.dtypes import slot_dtype
 from ..arrays.leaves import Leaf
-from ..arrays.namespaces.libraries import NUMPY
-from ..arrays.namespaces.lookup import beside, dtype_name, library_of, library_with
+from ..arrays.namespaces.lookup import beside, dtype_name, library_with
 
 State = dict[str, Any]
 Slots = Mapping[str, Any]  # names of slots with their start: a number, or a function of the parameter
@@ -206,17 +205,14 @@ def _fitting(slot: Any, leaf: Leaf, name: str) -> Any:
             f"{place} has shape {tuple(slot.shape)} and dtype {dtype_name(slot)}, but the parameter asks for shape "
             f"{tuple(leaf.p.shape)} and dtype {slot_dtype(leaf.dtype)}: shapes and dtypes are fixed by the first step"
         )
-    if library_of(slot) is leaf.library and leaf.library.device(slot) == leaf.library.device(leaf.p):
-        return _native(slot, place) if leaf.library is NUMPY else slot
-    return _brought(slot, leaf, place)
-
-
-def _brought(slot: Any, leaf: Leaf, place: str) -> Any:
-    """A slot from elsewhere, as where the state was loaded from: beside its parameter."""
     library = library_with(slot)
     here, there = library.device(slot), leaf.library.device(leaf.p)
-    slot = library.portable(slot)
-    if library_of(slot) is NUMPY:
+    if library is leaf.library and here == there:
+        if not library.writable(slot):
+            raise ValueError(f"{place} is read-only: put a writable array into the state")
+        return library.kernels_write(slot)
+    slot = library.portable(slot)  # from elsewhere, as where the state was loaded from
+    if isinstance(slot, np.ndarray):
         return leaf.library.brought(slot, leaf.p)
     if library is leaf.library:
         raise ValueError(f"{place} is on {here} but the parameter is on {there}")
@@ -224,13 +220,6 @@ def _brought(slot: Any, leaf: Leaf, place: str) -> Any:
         f"{place} is a {library.name} array but the parameter is a {leaf.library.name} array: "
         "the namespace is fixed by the first step"
     )
-
-
-def _native(slot: Any, place: str) -> Any:
-    """A NumPy slot that kernels can write: one read from a file may have its bytes in the other order."""
-    if not slot.flags.writeable:
-        raise ValueError(f"{place} is read-only: put a writable array into the state")
-    return slot if slot.dtype.isnative else slot.astype(slot.dtype.newbyteorder("="))
 
 
 def plain_state(name: str, slots: tuple[str, ...], state: Any) -> State:

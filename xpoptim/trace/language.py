@@ -407,4 +407,7 @@ class Functions:
         if name.startswith("__"):
             raise AttributeError(name)
         known = ", ".join(sorted(n for n in vars(Functions) if not n.startswith("_") and n != "multiply_words"))
-        raise TraceError(f"{self._backend.rule} uses xp.{name}, which is not in the table of operations: {known}")
+        raise TraceError(
+            f"{self._backend.rule} uses xp.{name}, which is not in the table of operations: {known}. "
+            "A class with fused = False has a rule of any Array API code"
+        )

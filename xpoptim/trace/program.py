@@ -108,6 +108,8 @@ class BlockProgram(Program):
     words: tuple[str, ...] = ()
     lanes: tuple[int, ...] = ()
 
+    __hash__ = Program.__hash__  # equal ones have equal nodes
+
     @cached_property
     def needed(self) -> tuple[int, ...]:
         return _reached(self.nodes, set(self.lanes))

@@ -60,7 +60,11 @@ class Library:
         return True
 
     def plain(self, x: Any) -> Any:
-        """The same memory without a subclass, or a framework's automatic differentiation."""
+        """The same memory without a subclass, and without a framework's automatic differentiation."""
+        return self.without_subclass(x)
+
+    def without_subclass(self, x: Any) -> Any:
+        """The same memory as an array of the library's own class."""
         return x
 
     def extent(self, x: Any) -> np.ndarray | None:
@@ -90,6 +94,22 @@ class Library:
         xp = self.namespace(x)
         return xp, xp.astype(x, xp.float64)
 
+    def read_only(self, x: Any) -> Any:
+        """The array as one that cannot be written to, where the library has such a thing."""
+        return x
+
+    def shared(self, x: Any, others: list[Any]) -> bool:
+        """Whether an array may lie in the memory of one of the others."""
+        return True
+
+    def kernels_write(self, x: Any) -> Any:
+        """The array, or a copy where its bytes are not in the machine's order."""
+        return x
+
+    def wrapped(self, x: Any, given: Any) -> Any:
+        """A new value as what the user gave: as a number, or as an array of its class."""
+        return x
+
     def portable(self, x: Any) -> Any:
         """The array, or a NumPy array in its place where a pickle would forget its device."""
         return x
@@ -118,11 +138,30 @@ class _NumPy(Library):
     def extent(self, x: Any) -> np.ndarray | None:
         return x
 
-    def plain(self, x: Any) -> Any:
-        return x if type(x) is np.ndarray else np.asarray(x).view(np.ndarray)
+    def without_subclass(self, x: Any) -> Any:
+        return x if type(x) is np.ndarray else np.asarray(x)
 
     def copied(self, x: Any) -> Any:
         return np.array(x, order="K", copy=True)
+
+    def read_only(self, x: Any) -> Any:
+        view = x.view()
+        view.flags.writeable = False
+        return view
+
+    def shared(self, x: Any, others: list[Any]) -> bool:
+        return any(np.may_share_memory(x, other) for other in others)
+
+    def kernels_write(self, x: Any) -> Any:
+        return x if x.dtype.isnative else x.astype(x.dtype.newbyteorder("="))
+
+    def wrapped(self, x: Any, given: Any) -> Any:
+        """Of a subclass as NumPy wraps what it computes from one: ``__array_finalize__`` hands attributes on."""
+        if isinstance(given, np.generic):
+            return x[()]
+        if isinstance(given, float):
+            return float(x)
+        return x if type(given) is np.ndarray else given.__array_wrap__(x)
 
     def zeros_like(self, x: Any, dtype: str) -> Any:
         return np.zeros_like(x, dtype=dtype, order="K")

@@ -23,10 +23,10 @@ from .elementwise import (
     _prologue,
     _real_type,
     _store,
-    words,
+    load_fields,
 )
 
-# Takes tasks of `grain` blocks until none is left. The job's words: cursors, workers, x, y, numbers, scalars, words,
+# Takes tasks of `grain` blocks until none is left. The job's fields: cursors, workers, x, y, numbers, scalars, words,
 # grain. A last block that is not full goes through memory
 # of the function's own.
 _RUN = """\
@@ -91,7 +91,7 @@ def assembly(program: BlockProgram, *, in_place: bool) -> str:
     if not in_place:
         call = "i64 %low, i64 %high, ptr %x, ptr %y, ptr %scalars, ptr %words"
         parts.append(_blocks(program, "blocks", same=False))
-    loads = words("job", "ptr x", "ptr y", "i64 numbers", "ptr scalars", "ptr words", "i64 grain", first=2)
+    loads = load_fields("job", "ptr x", "ptr y", "i64 numbers", "ptr scalars", "ptr words", "i64 grain", first=2)
     run = _RUN.format(loads=loads, width=len(program.lanes), stored=_STORED[dtype], size=_BYTES[dtype], call=call)
     parts.append(run.replace("@blocks", "@in_place") if in_place else run)
     parts.extend(

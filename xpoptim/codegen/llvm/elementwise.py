@@ -57,8 +57,8 @@ exit:
 """
 
 
-def words(base: str, *names: str, first: int = 0) -> str:
-    """Loads of the 64-bit words of ``%base`` from word ``first`` on; a name comes with its type: ``"i64 n"``."""
+def load_fields(base: str, *names: str, first: int = 0) -> str:
+    """Loads of the 64-bit fields of ``%base`` from number ``first`` on; a name comes with its type: ``"i64 n"``."""
     lines = []
     for place, (kind, name) in enumerate((name.split() for name in names), first):
         lines.append(f"  %{base}.{place} = getelementptr i64, ptr %{base}, i64 {place}")
@@ -67,7 +67,7 @@ def words(base: str, *names: str, first: int = 0) -> str:
 
 
 # A job's tasks are shared out evenly; each worker goes through its own share, in order, and then helps with the others.
-# So the same data meets the same CPU in every step, with a cache that may still hold it. The first words of a job
+# So the same data meets the same CPU in every step, with a cache that may still hold it. The first fields of a job
 # are the address of the shares' cursors, 64 bytes apart (each in a cache line of its own), and the number of workers.
 TASKS = """\
 define internal i64 @next_task(ptr %job, i64 %worker, i64 %tasks, ptr %visited) {
@@ -106,13 +106,13 @@ none:
 """
 
 # Takes tasks of `grain` elements until none is left, and hands each row's share on.
-# The job's words: cursors, workers, and those that `_driver` names.
+# The job's fields: cursors, workers, and those that `_driver` names.
 _DRIVER = """\
 define void @run(ptr %job, i64 %worker) {{
 entry:
   %visited = alloca i64
   store i64 0, ptr %visited
-{words}
+{fields}
   %beyond = add i64 %total, %grain
   %last = sub i64 %beyond, 1
   %tasks = udiv i64 %last, %grain
@@ -490,7 +490,7 @@ def _driver(program: Program) -> str:
         ]
         arguments.append("ptr %sum")
     call += _served(arguments) if program.reduces is None else [f"  call void @elements({', '.join(arguments)})"]
-    job = words("job", "ptr table", "i64 rows", "ptr scalars", "i64 grain", "i64 total", "ptr sums", first=2)
+    job = load_fields("job", "ptr table", "i64 rows", "ptr scalars", "i64 grain", "i64 total", "ptr sums", first=2)
     return _DRIVER.format(
-        words=job, width=8 * columns, block_bytes=block_bytes, pointers="\n".join(lines), call="\n".join(call)
+        fields=job, width=8 * columns, block_bytes=block_bytes, pointers="\n".join(lines), call="\n".join(call)
     )

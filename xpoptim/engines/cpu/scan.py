@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from ...codegen.llvm.elementwise import words
+from ...codegen.llvm.elementwise import load_fields
 from ..base import Columns
 from . import thread_pool
 from .threads import compiling
@@ -30,18 +30,18 @@ _WRITEABLE = 0x0400
 _BRIEF = 1 << 18  # elements that are done before another thread has much need of the interpreter's lock
 
 # context: [columns, leaves, records, lengths, intervals, starts, ends, None, ndarray, dict, names, arrays],
-# 64-bit words; arrays: the objects found.
+# 64-bit fields; arrays: the objects found.
 # names: for each array its key, if its column's container is a dict.
 # kinds: the type of each column's container, dict or list.
 # what: [perform, number of calls, calls, whether to let other threads in]; see `thread_pool`.
 # record of an array: [dtype, flags, ndim, shape and strides, cell of the table, bytes].
 # lengths of a leaf: [cell of its length, its length].
-_CONTEXT = words(
+_CONTEXT = load_fields(
     "context",
     *("i64 columns", "i64 leaves", "ptr records", "ptr lengths", "i64 intervals", "ptr starts", "ptr ends"),
     *("ptr none", "ptr ndarray", "ptr dict", "ptr names", "ptr arrays"),
 )
-_WHAT = words("what", "ptr perform", "i64 count", "ptr calls", "i64 long")
+_WHAT = load_fields("what", "ptr perform", "i64 count", "ptr calls", "i64 long")
 
 _ASSEMBLY = f"""
 declare ptr @PyTuple_GetItem(ptr, i64)
@@ -426,8 +426,8 @@ class Scanner:
         addresses = [records.ctypes.data, pairs.ctypes.data, len(spans), starts.ctypes.data, ends.ctypes.data]
         types = [id(None), id(np.ndarray), id(dict)]
         self._found = np.zeros(len(columns) * leaves, np.int64)
-        words = [len(columns), leaves, *addresses, *types, keys.ctypes.data, self._found.ctypes.data]
-        self._context = np.array(words, np.int64)
+        fields = [len(columns), leaves, *addresses, *types, keys.ctypes.data, self._found.ctypes.data]
+        self._context = np.array(fields, np.int64)
         self._lists = np.full(len(columns), id(list), np.int64)
         self._kept = (records, pairs, starts, ends, keys, names)  # the context holds their addresses
         self.at, self._lists_at = self._context.ctypes.data, self._lists.ctypes.data

@@ -1,6 +1,6 @@
 """Helper threads of the CPU engine, which live in machine code.
 
-A job is a function ``run(job, worker)`` in machine code and its arguments, 64-bit words in memory. The
+A job is a function ``run(job, worker)`` in machine code and its arguments, 64-bit fields in memory. The
 calling thread is worker 0 and always works too. What no helper has begun when the caller is through is called
 off, so that a busy machine costs little.
 
@@ -27,18 +27,18 @@ from typing import Any
 
 import numpy as np
 
-from ...codegen.llvm.elementwise import words
+from ...codegen.llvm.elementwise import load_fields
 from .threads import available, compiling, get_num_threads
 
 MOST = 64  # workers: the bandwidth of the memory is spent long before
 SHARE = 64  # bytes between the cursors of two workers: a cache line
-_CALL = 5  # words of a call, for `perform`
+_CALL = 5  # fields of a call, for `perform`
 # Elements for each worker, at least: with helpers that must be woken (about 50 µs), and with helpers that are awake.
 _WORTH_WAKING, _WORTH_SHARING = 1 << 17, 1 << 15
 _LONGEST = 4e-3  # seconds that a helper stays awake at most
 _PER_ELEMENT = 5e-9  # seconds that it stays awake, for each element of the last job
 
-# A helper's memory: the words below; then its lock, its condition, and the CPUs it was last told to use, apart since
+# A helper's memory: the fields below; then its lock, its condition, and the CPUs it was last told to use, apart since
 # CPUs fetch cache lines in pairs.
 _LOCK, _CONDITION, _CPUS, _SIZE = 128, 256, 384, 512  # bytes
 _STATE, _PATIENCE, _FUNCTION, _JOB, _WORKER, _THREAD, _OWNED = range(7)
@@ -326,7 +326,7 @@ next:
 one:
   %offset = mul i64 %i, {_CALL * 8}
   %call = getelementptr i8, ptr %calls, i64 %offset
-{words("call", "ptr prologue", "ptr inputs", "ptr scalars", "ptr function", "ptr job")}
+{load_fields("call", "ptr prologue", "ptr inputs", "ptr scalars", "ptr function", "ptr job")}
   %without = icmp eq ptr %prologue, null
   br i1 %without, label %run, label %scalar
 scalar:
@@ -473,8 +473,8 @@ class Calls:
 
     def __init__(self, calls: list[list[int]], elements: int) -> None:
         self.work, self.count = Work(elements), len(calls)
-        self._words = np.array(calls, np.int64).reshape(len(calls), _CALL)
-        self.at = self._words.ctypes.data
+        self._fields = np.array(calls, np.int64).reshape(len(calls), _CALL)
+        self.at = self._fields.ctypes.data
 
     def run(self, made: Any) -> None:
         """Run them; return when they are done. ``made``, a ``c_int64``, becomes 1 when they begin."""

@@ -1,6 +1,6 @@
 """Dropout.
 
-- ``layer``: the definition, the layer and the function
+- ``layer``: the definition (which element is kept: ``random.kept``), the layer and the function
 - ``arrays``: a mask and a scale applied to one array
 """
 

@@ -1,4 +1,7 @@
-"""The dtypes a parameter may be stored in, and those it is computed and remembered in."""
+"""The dtypes a parameter may be stored in, and those it is computed and remembered in.
+
+To add one: a line here, and how it is stored and loaded in `codegen/llvm/elementwise` and `codegen/cuda/elementwise`.
+"""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 - ``base``: what an engine is
 - ``registry``: which engine has kernels for the arrays of which library
-- ``choose``: which engine is in force
+- ``choose``: auto, fused or reference: the user's choice
 - ``sharing``: which engine serves which leaf
 - ``reference``: operation by operation, on arrays of any library
 - ``cpu``: kernels over NumPy arrays

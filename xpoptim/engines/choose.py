@@ -7,15 +7,15 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 
-ENGINES = ("auto", "fused", "reference")
+CHOICES = ("auto", "fused", "reference")
 
 _chosen: ContextVar[str | None] = ContextVar("xpoptim_engine", default=None)
 _from_environment: str | None = None
 
 
 def _checked(name: object, source: str) -> str:
-    if name not in ENGINES:
-        raise ValueError(f"{source} is {name!r}: the engines are {', '.join(map(repr, ENGINES))}")
+    if name not in CHOICES:
+        raise ValueError(f"{source} is {name!r}: the engines are {', '.join(map(repr, CHOICES))}")
     return str(name)
 
 

@@ -1,7 +1,7 @@
 """WHAT one step computes: a rule with the options around it.
 
 - ``declaration``: what a class of optimizers declares
-- ``hyperparameters``: what may be assigned, and what a schedule may give
+- ``hyperparameters``: checks of their values: what may be assigned, and what a schedule may give
 - ``recipe``: the recipe, and what is traced of it
-- ``options``: weight decay, clipping and the like, as functions before or after the rule
+- ``options``: weight decay, clipping and the like, as functions before or after the rule, and their order
 """

@@ -11,6 +11,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 
+from ...arrays.dtypes import PART
 from ...trace.ops import TABLE, Type
 from ...trace.program import Buffer, Node, Program
 from ...trace.sums import CHUNK, LANES
@@ -226,7 +227,7 @@ def _round32(value: float) -> float:
 
 
 def _real_type(buffer: Buffer) -> str:
-    return {"complex64": "float32", "complex128": "float64"}.get(buffer.dtype, buffer.dtype)
+    return PART.get(buffer.dtype, buffer.dtype)
 
 
 def _operation(program: Program, number: int, node: Node, kind: str) -> str:

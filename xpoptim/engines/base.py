@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol, TypeAlias
 
@@ -86,11 +86,17 @@ class Keeper(Protocol):
     def devices_of(self, arrays: Iterable[Array]) -> set[int]:
         """Of those arrays that are this engine's."""
 
-    def taken(self, devices: Iterable[int]) -> AbstractContextManager[None]:
-        """A block whose work on the current streams comes behind all that was done before, on whatever stream."""
+    def begin(self, devices: Collection[int]) -> Sequence[int]:
+        """What the current streams do from now on comes behind all that was done before, on whatever stream.
+
+        The devices of which that is to be ended: those whose current stream is captured into a graph are left out.
+        """
 
     def apart(self, what: str, devices: Iterable[int]) -> AbstractContextManager[None]:
         """The same for what is no step, on all devices so far and these; an error, with ``what``, during a capture."""
+
+    def taken(self, devices: Collection[int]) -> AbstractContextManager[None]:
+        """`begin` and `end` around a block."""
 
     def end(self, devices: Iterable[int]) -> None:
         """What was done just now on the current streams is what comes next's before."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
 from functools import partial
 from itertools import repeat
 from operator import call, setitem
@@ -43,14 +42,13 @@ class Prepared:
         self._names = {leaf.key: leaf.named("grads") for leaf in leaves} if traced.recipe.reductions else {}
         self._keys = [leaf.key for leaf in leaves]
         self._plans: list[Plan] = []
-        self._turns: list[tuple[Keeper, Sequence[int]]] = []
+        self._keeper: Keeper | None = None
         found = shares(traced.recipe, leaves)
         for share in found:
             keeper = keeper_of(share.engine)
             plan = share.engine.plan(traced, share.leaves, keeper, capturable=capturable, alone=len(found) == 1)
             self._plans.append(plan)
-            if keeper is not None:
-                self._turns.append((keeper, plan.devices))
+            self._keeper = keeper  # of the only plan, where the step can be run again
         # Whether a device works out the norm and counts the steps.
         self.on_device = bool(self._plans) and all(plan.keeps_sums for plan in self._plans)
         self._complete = len(found) == 1 and len(found[0].leaves) == len(leaves)
@@ -151,17 +149,16 @@ class Prepared:
         columns = look.columns(params, grads, slots)  # which hold the arrays while kernels work on them
         if columns is None:
             return False
-        if not self._turns:
-            return self._look_and_run(made, look, columns, inputs, params)
-        with ExitStack() as stack:
-            for keeper, devices in self._turns:
-                stack.enter_context(keeper.taken(devices))
-            return self._look_and_run(made, look, columns, inputs, params)
-
-    def _look_and_run(self, made: Made, look: _Look, columns: Columns, inputs: list[float], params: Any) -> bool:
         if not look.unchanged(columns):
             return False
-        self.run(made, self.reduced(inputs) if self.recipe.reductions else inputs, params)
+        if self._keeper is None:
+            self.run(made, self.reduced(inputs) if self.recipe.reductions else inputs, params)
+            return True
+        turn = self._keeper.begin(self._plans[0].devices)
+        try:
+            self.run(made, self.reduced(inputs), params)
+        finally:
+            self._keeper.end(turn)
         return True
 
 

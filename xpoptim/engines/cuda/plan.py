@@ -220,7 +220,7 @@ class Plan:
 
     def run(self, kind: str, made: Made) -> None:
         """On the current streams. What is captured into a graph is not carried out yet, and so is not counted."""
-        capturing = any(map(driver.capturing, self.devices))
+        capturing = self._keeper is not None and self._keeper.recording
         step = int(self._inputs[0]) - 1
         if capturing:
             self._check_capture(step)

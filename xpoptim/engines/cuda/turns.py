@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -44,15 +44,22 @@ class Turns:
 
     def __init__(self) -> None:
         self.captured = False  # whether there is a graph with a step
+        self.recording = False  # whether the turn is captured into one
         self._last: dict[int, _Last] = {}
 
-    def begin(self, devices: Iterable[int]) -> None:
-        """What the current streams of these GPUs do from now on comes behind the last turn."""
-        for device in devices:
+    def begin(self, devices: Collection[int]) -> list[int]:
+        """What the current streams of these GPUs do from now on comes behind the last turn.
+
+        What is captured is no turn, since it is not carried out now: the GPUs of which there is one to `end`.
+        """
+        turn = [device for device in devices if not driver.capturing(device)]
+        self.recording = len(turn) < len(devices)
+        for device in turn:
             last, stream = self._last.get(device), driver.stream(device)
             if last is not None and not last.is_of(stream):
                 with driver.on(device):
                     stream.wait_event(last.event)
+        return turn
 
     def end(self, devices: Iterable[int]) -> None:
         """What the current streams have been given by now is the last turn."""
@@ -63,14 +70,12 @@ class Turns:
                 self._last[device].record(driver.stream(device))
 
     @contextmanager
-    def taken(self, devices: Iterable[int]) -> Iterator[None]:
-        """A block whose work is one turn. What is captured in it is none: it is not carried out now."""
-        devices = [device for device in devices if not driver.capturing(device)]
-        self.begin(devices)
+    def taken(self, devices: Collection[int]) -> Iterator[None]:
+        turn = self.begin(devices)
         try:
             yield
         finally:
-            self.end(devices)
+            self.end(turn)
 
     @contextmanager
     def apart(self, what: str, devices: Iterable[int] = ()) -> Iterator[None]:

@@ -37,6 +37,8 @@ from helpers import (
 )
 
 import xpoptim as xo
+from xpoptim.arrays.namespaces.libraries import Library
+from xpoptim.arrays.namespaces.lookup import library_of
 from xpoptim.engines import choose, reference
 from xpoptim.engines.cpu import plan as cpu_plan
 from xpoptim.engines.cpu import scan
@@ -1167,6 +1169,30 @@ def test_parameters_that_share_memory(engine: str, case: str, fresh: bool) -> No
     params = {"a": np.ones(2), "one": first, "two": second}
     with refused(opt, params, error=ValueError, names="one two"):
         opt.update(params, grads)
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+def test_one_array_under_two_keys_where_its_library_does_not_say_where_it_lies(
+    engine: str, fresh: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    xp = array_api_strict
+    monkeypatch.setattr(type(library_of(xp.ones(1))), "extent", Library.extent)
+    opt, grads = make_optimizer("Adam"), {"a": xp.ones(2), "one": xp.ones(3), "two": xp.ones(3)}
+    if not fresh:
+        opt.update({key: xp.ones_like(g) for key, g in grads.items()}, grads)
+    array = xp.ones(3)
+    params = {"a": xp.ones(2), "one": array, "two": array}
+    with refused(opt, params, error=ValueError, names="one two same"):
+        opt.update(params, grads)
+
+
+def test_one_array_without_elements_may_have_two_keys(engine: str) -> None:
+    xp = array_api_strict
+    for array in (np.ones((0, 3)), xp.ones((3, 0))):
+        opt = make_optimizer("Adam")
+        for _ in range(2):
+            opt.update({"one": array, "two": array}, {"one": array, "two": array})
+        assert opt.state["step"] == 2
 
 
 APART = {
@@ -2847,6 +2873,23 @@ def test_numbers_in_a_tuple_at_a_later_step() -> None:
     assert opt.state["step"] == 2
 
 
+@pytest.mark.parametrize(
+    ("params", "wrong", "error"),
+    [
+        ({"a": 1.0, "b": 2.0}, {"a": 1.0}, ValueError),
+        ({"a": 1.0, "b": 2.0}, [1.0, 1.0], TypeError),
+        ([1.0, 2.0], np.ones(2), TypeError),
+        ([1.0, 2.0], [1.0], ValueError),
+    ],
+)
+def test_numbers_whose_gradients_no_longer_fit(engine: str, params: Any, wrong: Any, error: type[Exception]) -> None:
+    opt = xo.SGD()
+    for _ in range(2):
+        opt.update(params, dict.fromkeys(params, 1.0) if isinstance(params, dict) else [1.0, 1.0])
+    with refused(opt, params, error=error, names="grads"):
+        opt.update(params, wrong)
+
+
 # ---- Mistakes of newcomers ----------------------------------------------------------------------------------
 
 
@@ -2893,6 +2936,38 @@ def test_slots_that_are_a_string() -> None:
             @staticmethod
             def rule(xp, p, g, mom):
                 return p - g, mom
+
+
+def test_an_array_of_a_rule_can_be_asked_what_it_is(engine: str) -> None:
+    """Whoever asks an object for a protocol expects a yes or a no."""
+
+    class Asking(xo.Optimizer):
+        @staticmethod
+        def rule(xp: Any, p: Any, g: Any) -> Any:
+            assert not any(hasattr(x, name) for x in (p, xp) for name in ("__array_interface__", "__fspath__"))
+            return p - g
+
+    params = {"p": np.ones(2)}
+    Asking().update(params, {"p": np.ones(2)})
+    assert (params["p"] == 0).all()
+
+
+def test_an_unknown_function_is_refused_with_the_table_of_operations() -> None:
+    class Wrong(xo.Optimizer):
+        @staticmethod
+        def rule(xp: Any, p: Any, g: Any) -> Any:
+            return p - xp.tanh(g)
+
+    with pytest.raises(xo.TraceError, match=r"uses xp.tanh, which is not in the table of operations: ") as info:
+        Wrong().update([np.ones(2)], [np.ones(2)])
+    table = str(info.value).partition("operations: ")[2].partition(". ")[0].split(", ")
+    assert table == sorted(table)
+    assert set(table) == {
+        *("abs", "add", "clip", "divide", "equal", "greater", "greater_equal", "isfinite", "less", "less_equal"),
+        *("logical_and", "logical_not", "logical_or", "logical_xor", "maximum", "minimum", "multiply", "negative"),
+        *("not_equal", "positive", "pow", "sign", "sqrt", "square", "subtract", "where"),
+        *("e", "inf", "nan", "pi"),
+    }
 
 
 @pytest.mark.parametrize("operation", [lambda p: p // 2, lambda p: p % 2, lambda p: 7 // p, lambda p: divmod(p, 2)])

@@ -18,7 +18,9 @@ from helpers import assert_same_tree, threads
 
 import xpoptim as xo
 from xpoptim.engines.cpu import scan, thread_pool
+from xpoptim.engines.cpu import threads as cpu_threads
 
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 LARGE = thread_pool._WORTH_WAKING * 3  # elements for two helpers, woken
 SMALL = thread_pool._WORTH_SHARING * 2  # elements for one helper, awake
 
@@ -50,6 +52,18 @@ def arrays(size: int, value: float = 1.0) -> dict[str, np.ndarray]:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Who is hired
+
+
+def test_threads_are_for_the_cpus_that_the_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On systems that can tell; else for all that there are."""
+    available = cpu_threads.available.__wrapped__
+    monkeypatch.setattr(os, "cpu_count", lambda: 7)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3, 5} if pid == 0 else set(), raising=False)
+    assert available() == 2
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert available() == 7
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    assert available() == 1
 
 
 @pytest.mark.smoke
@@ -149,6 +163,31 @@ print(job[1])  # the caller and the one helper
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout) == (0, "2\n"), done.stderr
+
+
+@pytest.mark.parametrize("forked", [False, pytest.param(True, marks=needs_fork)])
+def test_every_helper_has_a_place_in_the_memory(forked: bool) -> None:
+    """As many as there may be, in a child too: one place more would lie outside."""
+    code = f"""
+import os
+import xpoptim as xo
+from xpoptim.engines.cpu import thread_pool
+xo.set_num_threads(3)
+assert thread_pool.hired(thread_pool.Work({LARGE}))[0] == 2 == len(thread_pool._helpers)
+child = os.fork() if {forked} else 0
+if child:
+    os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+xo.set_num_threads(thread_pool.MOST)
+most = thread_pool.hired(thread_pool.Work(thread_pool._WORTH_WAKING * 2 * thread_pool.MOST))[0]
+assert most == len(thread_pool._helpers) == thread_pool.MOST - 1, thread_pool._helpers
+assert not thread_pool._places and not thread_pool._make()
+assert thread_pool._helpers == list(range(thread_pool.MOST - 1))
+begin, size = thread_pool.ctypes.addressof(thread_pool._memory), len(thread_pool._memory)
+first, last = (thread_pool._FIRST + place * thread_pool._SIZE for place in (0, thread_pool.MOST - 1))
+assert begin <= thread_pool._HEADER < first < last <= begin + size
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.smoke

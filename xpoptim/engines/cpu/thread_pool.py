@@ -380,7 +380,8 @@ def _functions() -> tuple[Any, Any]:
     return serve, ctypes.CFUNCTYPE(None, word, word, word, pointer, pointer)(perform_at())
 
 
-_places = list(range(MOST - 2, -1, -1))  # for helpers that there are not yet
+_PLACES = range(MOST - 2, -1, -1)  # in a helper's memory; the last is taken first
+_places = list(_PLACES)  # for helpers that there are not yet
 _helpers: list[int] = []  # the places of those that there are
 # What Python says where it starts no thread: the system has none left, or the interpreter shuts down (from 3.12 on).
 _REFUSALS = ("can't start new thread", "can't create new thread at interpreter shutdown")
@@ -391,7 +392,7 @@ def _after_fork() -> None:
     """The parent's threads do not exist in a child."""
     global _places, _helpers
     ctypes.memset(_HEADER, 0, (MOST - 1) * _SIZE + _LOCK)
-    _places, _helpers = list(range(MOST - 2, -1, -1)), []
+    _places, _helpers = list(_PLACES), []
 
 
 if hasattr(os, "register_at_fork"):

@@ -201,8 +201,10 @@ def test_tensors_too_large_for_one_launch(gpu: EmulatedGPU) -> None:
     leaves = pairs({"W": huge}, {"W": huge})
     leaves[0].p = huge
     program = traced(make_optimizer("SGD")).programs("float32", "float32")["update"]
-    with pytest.raises(ValueError, match=r"params\['W'\] and its like have more elements than one launch can take"):
-        cuda._fill(cuda._Table(program, 0, 1), leaves, [2**31 * 1024], 1024)
+    assert cuda._fill(cuda._Table(program, 0, 1), leaves, [(2**31 - 1) * 1024], 1024) == 2**31 - 1
+    for length in ((2**31 - 1) * 1024 + 1, 2**31 * 1024):
+        with pytest.raises(ValueError, match=r"params\['W'\] and its like have more elements than one launch can take"):
+            cuda._fill(cuda._Table(program, 0, 1), leaves, [length], 1024)
 
 
 # --- what the tests ask of a real GPU

@@ -180,7 +180,7 @@ class Plan:
                 group.norm.rows["scalars"] = [self._places[i] for i in members]
                 group.norm_prologue = text.prologue_source(programs["norm"])
                 group.sums = driver.zeros(max(1, group.norm_chunks), np.float64)
-                group.totals = driver.zeros(max(1, len(self._places)), np.float64)
+                group.totals = driver.zeros(len(self._places), np.float64)
                 group.in_order = _in_order([leaves[i].g for i in members])
         return group
 

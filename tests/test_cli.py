@@ -8,13 +8,14 @@ import sys
 from contextlib import redirect_stdout
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import xpoptim as xo
 from xpoptim import demo
-from xpoptim.__main__ import main
+from xpoptim.__main__ import main, make_parser
 
 ABSENT = [distribution for module, distribution in demo.EXTRA.items() if find_spec(module) is None]
 needs_extra = pytest.mark.skipif(bool(ABSENT), reason=f"needs {', '.join(ABSENT)}: pip install '.[demo]'")
@@ -85,6 +86,14 @@ def test_a_bad_command_line_is_refused_in_one_line(capsys, arguments, words):
 @pytest.mark.smoke
 def test_the_process_ends_with_the_status(command):
     refused(command("demo", "--steps", "0"), "--steps")
+
+
+def test_the_help_tells_the_defaults(capsys):
+    with pytest.raises(SystemExit):
+        main(["demo", "--help"])
+    told = re.findall(r"\(default:\s+(\S+?)\)", capsys.readouterr().out)
+    options = make_parser().parse_args(["demo"])
+    assert told == [str(value) for value in (options.backend, options.seed, options.out, options.steps)]
 
 
 def test_the_version(capsys):
@@ -267,10 +276,43 @@ def test_info_works_where_everything_is_missing_or_broken(command):
         assert re.search(pattern, done.stdout), pattern
 
 
-def test_info_says_why_there_is_no_cuda_device(command):
-    done = command("info", stubs={"cupy": NO_DEVICE})
+@pytest.mark.parametrize(
+    ("cupy", "reason"),
+    [
+        (NO_DEVICE, r"no device \(cudaErrorNoDevice: no CUDA-capable device is detected\): an NVIDIA GPU"),
+        (NO_DEVICE.replace("raise", "return 0 #"), "no device: an NVIDIA GPU and its driver are needed"),
+    ],
+    ids=["no driver", "no device"],
+)
+def test_info_says_why_there_is_no_cuda_device(command, cupy, reason):
+    done = command("info", stubs={"cupy": cupy})
     assert (done.returncode, done.stderr) == (0, "")
-    assert re.search(r"- CUDA +no device \(cudaErrorNoDevice: no CUDA-capable device is detected\)", done.stdout)
+    assert re.search(rf"- CUDA +{reason}", done.stdout)
+    assert re.search(rf"- fused, CUDA +{reason}", done.stdout)
+
+
+def test_info_lists_each_cuda_device(monkeypatch):
+    from xpoptim.demo import info
+
+    class runtime:
+        def getDeviceCount():
+            return 2
+
+        def getDeviceProperties(index):
+            return {"name": [b"Tiny", "Vast"][index], "totalGlobalMem": (index + 1) << 30, "major": 9, "minor": index}
+
+    monkeypatch.setattr(info, "load_cupy", lambda: SimpleNamespace(cuda=SimpleNamespace(runtime=runtime)))
+    assert info.cuda_devices() == "0: Tiny, 1 GiB, compute capability 9.0; 1: Vast, 2 GiB, compute capability 9.1"
+
+
+def test_info_says_that_an_engine_computes_wrongly(monkeypatch):
+    from xpoptim.demo import info
+
+    monkeypatch.setattr(xo.SGD, "update", lambda self, params, grads: None)
+    wrong = r"a step gave \[1\. 1\. 1\.\] where 0.5 is right: please report this"
+    rows = info.engines(info.Row("CUDA", False, "no device"))
+    assert [row.name for row in rows if re.search(wrong, row.text)] == ["reference", "fused, CPU"]
+    assert not any(row.usable for row in rows)
 
 
 NO_NVRTC = """

@@ -78,6 +78,16 @@ def test_the_layers_hold_the_arrays_of_the_parameter_dict():
     assert all(grad.dtype == np.float32 for grad in network.gradient(x, labels).values())
 
 
+def test_the_weights_start_by_he():
+    """Normal with variance 2 / inputs, so that a layer's ReLU hands on values of the size that it was given."""
+    network = Network((400, 300, 100), np, seed=0, dtype="float64")
+    for key, inputs in (("W1", 400), ("W2", 300)):
+        weights = network.params[key]
+        assert weights.std() == pytest.approx(math.sqrt(2 / inputs), rel=0.02)
+        assert abs(weights.mean()) < 0.02 * weights.std() * 2
+    assert not network.params["b1"].any()
+
+
 def test_dropout_is_active_in_training_only_and_differs_between_layers():
     network = Network((4, 50, 50, 3), np, seed=0, dropout_ratio=0.5)
     x = np.ones((8, 4), np.float32)

@@ -204,6 +204,13 @@ worker.join(60)
 print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), opt.state["step"])
 """
 
+FORKED_TWICE = f"""
+import os, xpoptim
+
+if child := os.fork():
+    os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+{FORKED}"""
+
 FORKED_SAME_NUMBER = """
 import os, threading
 import numpy as np, xpoptim as xo
@@ -263,8 +270,8 @@ print(os.waitstatus_to_exitcode(os.waitpid(child[0], 0)[1]), opt.state["step"])
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 @pytest.mark.parametrize(
     ("program", "printed"),
-    [(FORKED, "0 2"), (FORKED_SAME_NUMBER, "2 2"), (FORKED_WITHIN, "3 3")],
-    ids=["beside", "same number", "within"],
+    [(FORKED, "0 2"), (FORKED_TWICE, "0 2"), (FORKED_SAME_NUMBER, "2 2"), (FORKED_WITHIN, "3 3")],
+    ids=["beside", "twice", "same number", "within"],
 )
 def test_a_forked_child_starts_free(program: str, printed: str) -> None:
     """While another thread of the parent is in a step; and within a step, which goes on in both."""
@@ -282,6 +289,16 @@ def test_the_lock_of_a_forked_child_is_its_own(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(guard, "_forkers", [*guard._forkers, threading.get_ident()])
     assert one.current() is not lock
     assert one.current() is one.lock
+
+
+def test_forks_are_counted_as_forkers_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A guard keeps the number, and finds by it the forks that came since."""
+    monkeypatch.setattr(guard, "_forks", 0)
+    monkeypatch.setattr(guard, "_forkers", [])
+    monkeypatch.setattr(guard, "_renewing", guard._renewing)
+    for n in range(1, 4):
+        guard._after_fork()
+        assert guard._forks == len(guard._forkers) == n
 
 
 HANDLER = """

@@ -5,6 +5,8 @@ makes several steps, so that slots with special values are read as well as writt
 """
 
 import itertools
+import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -27,12 +29,17 @@ from helpers import (
     random_values,
     special_values,
     threads,
+    traced,
 )
 from hypothesis import given
 from hypothesis import strategies as st
 
 import xpoptim as xo
+from xpoptim._dropout import layer
 from xpoptim.codegen.llvm.elementwise import _LARGE
+from xpoptim.engines.cpu import jit
+from xpoptim.engines.cpu import plan as cpu
+from xpoptim.engines.cpu.blocks import BlockKernel
 
 SHAPES: tuple[tuple[int, ...], ...] = (
     (),
@@ -611,6 +618,33 @@ def test_rounding_to_16_bits(source: str, target: str) -> None:
     assert_same_tree(params["p"], expected, "rounded")
 
 
+class Huge(xo.Optimizer):
+    """A power of t, of sizes that no count of steps has."""
+
+    base: float = 1 - 2**-53
+    negative: bool = False
+
+    @staticmethod
+    def rule(xp: Any, p: Any, g: Any, *, base: Any, negative: bool, t: Any) -> Any:
+        return p + g * base ** ((-1 if negative else 1) * t * 2**61)
+
+
+@pytest.mark.parametrize("engine", ["reference", "fused"])
+@pytest.mark.parametrize("negative", [False, True])
+def test_exponents_count_as_2_to_the_62_beyond_that(engine: str, negative: bool) -> None:
+    """There a power of the float next to 1 is still neither 0 nor infinite; that of 2**63 would be."""
+    opt, found = Huge(negative=negative), []
+    for _ in range(5):
+        params = {"p": np.zeros(1)}
+        with xo.engine(engine):
+            opt.update(params, {"p": np.ones(1)})
+        found.append(float(params["p"][0]))
+    sign = 1 if negative else -1
+    assert found[0] == pytest.approx(math.exp(sign * 256), rel=1e-3)
+    assert found[1] == pytest.approx(math.exp(sign * 512), rel=1e-3)
+    assert found[1:] == [found[1]] * 4
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What a kernel cannot walk goes through dense copies: the same bits, in the same arrays.
 
@@ -729,3 +763,22 @@ def test_tensors_that_ask_for_memory_ahead(dtype: str, extra: int) -> None:
     found = run()
     with xo.engine("reference"):
         assert_same_tree(found, run())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_kernels_compute_several_elements_at_a_time(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The update, the norm, and Dropout: what is compiled holds operations on vectors."""
+    compiled: list[str] = []
+
+    def compiler(module: Any, machine: Any) -> Any:
+        compiled.append(str(module))
+        return create(module, machine)
+
+    create = jit.llvm.create_mcjit_compiler
+    monkeypatch.setattr(jit.llvm, "create_mcjit_compiler", compiler)
+    opt = make_optimizer("Adam", clip_norm=1.0)
+    for program in traced(opt).programs(dtype, dtype).values():
+        cpu.Kernel(program)
+    BlockKernel(layer.kernel(dtype).program)._compiled(in_place=False)
+    assert len(compiled) == 3
+    assert all(re.search(r"= f(add|mul) <\d+ x (float|double)>", text) for text in compiled)

@@ -506,6 +506,54 @@ def test_what_a_signal_handler_assigns_is_not_lost() -> None:
     assert (home - params[0] == 2.0).all()
 
 
+class Interrupt(Exception):
+    """Of a handler's own: of no kind that an optimizer might look for."""
+
+
+def interrupting(signum: int, frame: Any) -> None:
+    raise Interrupt
+
+
+class Interrupting:
+    def __call__(self, signum: int, frame: Any) -> None:
+        raise Interrupt
+
+    def method(self, signum: int, frame: Any) -> None:
+        raise Interrupt
+
+
+@pytest.mark.parametrize(
+    "handler", [interrupting, Interrupting(), Interrupting().method], ids=["function", "object", "method"]
+)
+@pytest.mark.parametrize("traced", [True, False])
+def test_what_a_signal_handler_raises_within_a_rule_is_no_error_of_the_rule(handler: Any, traced: bool) -> None:
+    class Slow(xo.Optimizer):
+        fused = traced
+
+        @staticmethod
+        def rule(xp: Any, p: Any, g: Any) -> Any:
+            signal.raise_signal(signal.SIGINT)
+            return p - g
+
+    before = signal.signal(signal.SIGINT, handler)
+    opt, params = Slow(), {"p": np.ones(3)}
+    try:
+        with refused(opt, params, error=Interrupt):
+            opt.update(params, {"p": np.ones(3)})
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_what_a_rule_raises_in_a_handlers_words_is_its_own() -> None:
+    class Wrong(xo.Optimizer):
+        @staticmethod
+        def rule(xp: Any, p: Any, g: Any) -> Any:
+            raise Interrupt
+
+    with pytest.raises(xo.TraceError, match=r"Wrong\.rule could not be traced: Interrupt"):
+        Wrong().update({"p": np.ones(3)}, {"p": np.ones(3)})
+
+
 @pytest.mark.parametrize("where", ["before", "within"])
 def test_an_optimizer_that_was_never_finished_goes_in_silence(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C, or an error in a subclass, while it is made: that is all that is reported."""

@@ -63,8 +63,8 @@ GENERATORS = ("xpoptim/codegen/",)  # every string in files of such a name is co
 EQUIVALENT: list[tuple[str, str, str, str]] = [
     (
         "xpoptim/engines/cuda/plan.py",
-        "self._prologue(group, group.norm, values, counter, 0, False, from_state)",
-        "self._prologue(group, group.norm, values, counter, 1, False, from_state)",
+        "self._prologue(group, group.norm, self._counter, tensors=0, advance=False, from_state=from_state)",
+        "self._prologue(group, group.norm, self._counter, tensors=1, advance=False, from_state=from_state)",
         "the program of a norm takes no norm: one total more is read, for nothing",
     ),
     (
@@ -72,6 +72,96 @@ EQUIVALENT: list[tuple[str, str, str, str]] = [
         "return max(1, 16 // (len(program.lanes) * _BYTES[_real(program.buffers[0])]))",
         "return max(1, 16 // (len(program.lanes) * _BYTES[_real(program.buffers[(-1)])]))",
         "a block program has one buffer",
+    ),
+    (
+        "xpoptim/codegen/llvm/blocks.py",
+        "store i64 0, ptr %visited",
+        "store i64 -1, ptr %visited",
+        "a worker begins with the share before its own and then goes through all: no task is left out, none done twice",
+    ),
+    (
+        "xpoptim/codegen/llvm/elementwise.py",
+        "store i64 0, ptr %visited",
+        "store i64 -1, ptr %visited",
+        "a worker begins with the share before its own and then goes through all: no task is left out, none done twice",
+    ),
+    (
+        "xpoptim/trace/sums.py",
+        "return lanes[:, 0]",
+        "return lanes[:, (-1)]",
+        "one lane is left",
+    ),
+    (
+        "xpoptim/trace/ops.py",
+        "exponent = int(abs(n)) if abs(n) < 2.0**62 else 2**62",
+        "exponent = int(abs(n)) if abs(n) <= 2.0**62 else 2**62",
+        "2**62 is what 2**62 counts as",
+    ),
+    (
+        "xpoptim/_dropout/layer.py",
+        "if not shared and 0 < limit < 2**32 and operand.takes_kernel:",
+        "if not shared and 0 <= limit < 2**32 and operand.takes_kernel:",
+        "of limit 0 the kernel that draws keeps all and scales them, as the one that only scales does, but slower",
+    ),
+    (
+        "xpoptim/engines/cpu/scan.py",
+        "ret i64 1",
+        "ret i64 2",
+        "it is only asked whether it is 0",
+    ),
+    (
+        "xpoptim/engines/cpu/plan.py",
+        "_TASKS = 16",
+        "_TASKS = 15",
+        "into how many tasks a job is cut changes its speed alone",
+    ),
+    (
+        "xpoptim/engines/cpu/plan.py",
+        "_TASKS = 16",
+        "_TASKS = 17",
+        "into how many tasks a job is cut changes its speed alone",
+    ),
+    (
+        "xpoptim/engines/cpu/thread_pool.py",
+        "%long = icmp sgt i64 %n, 1000",
+        "%long = icmp sge i64 %n, 1000",
+        "how often a caller looks before it gives way changes the speed alone",
+    ),
+    (
+        "xpoptim/engines/cpu/thread_pool.py",
+        "%long = icmp sgt i64 %n, 1000",
+        "%long = icmp sgt i64 %n, 1001",
+        "how often a caller looks before it gives way changes the speed alone",
+    ),
+    (
+        "xpoptim/engines/cpu/thread_pool.py",
+        "%long = icmp sgt i64 %n, 1000",
+        "%long = icmp sgt i64 %n, 999",
+        "how often a caller looks before it gives way changes the speed alone",
+    ),
+    (
+        "xpoptim/engines/cpu/thread_pool.py",
+        "Calls([[0, 0, 0, function, job]], elements).run(ctypes.c_int64())",
+        "Calls([[0, (-1), 0, function, job]], elements).run(ctypes.c_int64())",
+        "without a prologue nobody reads the inputs and the scalars",
+    ),
+    (
+        "xpoptim/engines/cpu/thread_pool.py",
+        "Calls([[0, 0, 0, function, job]], elements).run(ctypes.c_int64())",
+        "Calls([[0, 1, 0, function, job]], elements).run(ctypes.c_int64())",
+        "without a prologue nobody reads the inputs and the scalars",
+    ),
+    (
+        "xpoptim/engines/cpu/thread_pool.py",
+        "Calls([[0, 0, 0, function, job]], elements).run(ctypes.c_int64())",
+        "Calls([[0, 0, (-1), function, job]], elements).run(ctypes.c_int64())",
+        "without a prologue nobody reads the inputs and the scalars",
+    ),
+    (
+        "xpoptim/engines/cpu/thread_pool.py",
+        "Calls([[0, 0, 0, function, job]], elements).run(ctypes.c_int64())",
+        "Calls([[0, 0, 1, function, job]], elements).run(ctypes.c_int64())",
+        "without a prologue nobody reads the inputs and the scalars",
     ),
 ]
 
@@ -231,7 +321,9 @@ def _changes_of_a_constant(node: ast.Constant | ast.JoinedStr, source: Source) -
 
 def _changes_of_a_statement(node: ast.AST, source: Source) -> Iterator[Change]:
     if isinstance(node, ast.Return):
-        if node.value is not None and not (isinstance(node.value, ast.Constant) and node.value.value is None):
+        # None in the place of False is as false, and the type checker notices it.
+        nothing = isinstance(node.value, ast.Constant) and (node.value.value is None or node.value.value is False)
+        if node.value is not None and not nothing:
             yield "None returned", *source.span(node.value), "None"
     elif isinstance(node, ast.Raise):
         yield "raise left out", *source.span(node), "pass"

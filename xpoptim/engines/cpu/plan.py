@@ -25,7 +25,8 @@ from ..base import Columns, Made, Watch
 from . import scan, thread_pool, threads
 
 _GRAIN = 1 << 14  # elements of a task at most, a multiple of CHUNK
-_TASKS = 16  # so many at least where there are elements enough: what is left when one thread is through is little
+# So many at least where there are elements enough: what is left when one thread is through is little.
+_TASKS = 16
 _PIECE = 1 << 16  # elements of a gradient that are copied at a time, a multiple of CHUNK
 
 

@@ -265,6 +265,45 @@ def test_an_idle_helper_falls_asleep_and_wakes_for_the_next_job() -> None:
     assert (params["p"] == 2).all()
 
 
+def test_a_helper_stays_awake_for_its_patience_and_no_longer() -> None:
+    """By a clock of the test's own, on which a second begins meanwhile."""
+    code = """
+import ctypes, os
+from types import SimpleNamespace
+from xpoptim.engines.cpu import thread_pool
+from xpoptim.engines.cpu.jit import Module
+now, yields = [(7, 999_999_900)], 0
+def clock(number, time):
+    time[0], time[1] = now[0]
+    return 0
+def offer():  # each time a nanosecond goes by
+    global yields
+    yields += 1
+    seconds, nanoseconds = now[0]
+    now[0] = (seconds + (nanoseconds + 1) // 10**9, (nanoseconds + 1) % 10**9)
+    return 0
+def doze(condition, lock):
+    print(yields, flush=True)
+    os._exit(0)
+pointer, words = ctypes.c_void_p, ctypes.POINTER(ctypes.c_int64)
+one, two = (ctypes.CFUNCTYPE(ctypes.c_int, *[pointer] * n) for n in (1, 2))
+library = SimpleNamespace(
+    sched_yield=ctypes.CFUNCTYPE(ctypes.c_int)(offer),
+    clock_gettime=ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int, words)(clock),
+    pthread_mutex_lock=one(lambda lock: 0),
+    pthread_mutex_unlock=one(lambda lock: 0),
+    pthread_cond_signal=one(lambda condition: 0),
+    pthread_cond_wait=two(doze),
+)
+module = Module(thread_pool._assembly("darwin"), vectorize=False, library=library)
+box = (ctypes.c_int64 * (thread_pool._SIZE // 8))()
+box[thread_pool._STATE], box[thread_pool._PATIENCE] = 1, 400
+ctypes.CFUNCTYPE(None, pointer)(module.address("serve"))(ctypes.addressof(box))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (0, "400\n"), done.stderr
+
+
 @pytest.mark.smoke
 def test_hot_loops_and_pauses_in_any_order_do_every_element_once() -> None:
     rng = np.random.default_rng(0)

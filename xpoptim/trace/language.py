@@ -9,24 +9,28 @@ from __future__ import annotations
 
 import math
 import numbers
-from typing import Any, NoReturn, Protocol
+from collections.abc import Callable
+from typing import Any, NoReturn, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 
 from ..errors import TraceError
 from .ops import BOOL, REAL, TABLE, UINT32, Op, Type
 
+Operand: TypeAlias = "Value | float | np.number | np.bool_"  # what a rule may write beside a value
+_Raw = TypeVar("_Raw")
 
-class Backend(Protocol):
+
+class Backend(Protocol[_Raw]):
     """Carries out operations. Scalars are float64 (or bool); arrays are of the compute dtype (or bool)."""
 
     rule: str  # the name of the rule, for errors
 
-    def constant(self, value: float | bool) -> Any: ...
-    def word(self, value: int) -> Any: ...
-    def scalar_op(self, op: Op, args: list[Any]) -> Any: ...
-    def array_op(self, op: Op, args: list[Any]) -> Any: ...
-    def spread(self, scalar: Any, type: Type) -> Any:
+    def constant(self, value: float | bool) -> _Raw: ...
+    def word(self, value: int) -> _Raw: ...
+    def scalar_op(self, op: Op, args: list[_Raw]) -> _Raw: ...
+    def array_op(self, op: Op, args: list[_Raw]) -> _Raw: ...
+    def spread(self, scalar: _Raw, type: Type) -> _Raw:
         """A scalar, rounded once to the compute dtype, as an operand of array operations."""
 
 
@@ -38,7 +42,7 @@ class Value:
     def __init__(
         self,
         backend: Backend,
-        raw: Any,
+        raw: Any,  # the backend's own
         type: Type = REAL,
         *,
         scalar: bool = False,
@@ -51,28 +55,28 @@ class Value:
         self.origin = frozenset({argument}) if argument else origin  # the arguments it was computed from
 
     # Arithmetic, comparison, logic: one row of the table each.
-    def __add__(self, other: Any) -> Value:
+    def __add__(self, other: Operand) -> Value:
         return apply("add", self, other)
 
-    def __radd__(self, other: Any) -> Value:
+    def __radd__(self, other: Operand) -> Value:
         return apply("add", other, self)
 
-    def __sub__(self, other: Any) -> Value:
+    def __sub__(self, other: Operand) -> Value:
         return apply("subtract", self, other)
 
-    def __rsub__(self, other: Any) -> Value:
+    def __rsub__(self, other: Operand) -> Value:
         return apply("subtract", other, self)
 
-    def __mul__(self, other: Any) -> Value:
+    def __mul__(self, other: Operand) -> Value:
         return apply("multiply", self, other)
 
-    def __rmul__(self, other: Any) -> Value:
+    def __rmul__(self, other: Operand) -> Value:
         return apply("multiply", other, self)
 
-    def __truediv__(self, other: Any) -> Value:
+    def __truediv__(self, other: Operand) -> Value:
         return apply("divide", self, other)
 
-    def __rtruediv__(self, other: Any) -> Value:
+    def __rtruediv__(self, other: Operand) -> Value:
         return apply("divide", other, self)
 
     def __neg__(self) -> Value:
@@ -84,86 +88,86 @@ class Value:
     def __abs__(self) -> Value:
         return apply("abs", self)
 
-    def __lt__(self, other: Any) -> Value:
+    def __lt__(self, other: object) -> Value:
         return apply("less", self, other)
 
-    def __le__(self, other: Any) -> Value:
+    def __le__(self, other: object) -> Value:
         return apply("less_equal", self, other)
 
-    def __gt__(self, other: Any) -> Value:
+    def __gt__(self, other: object) -> Value:
         return apply("greater", self, other)
 
-    def __ge__(self, other: Any) -> Value:
+    def __ge__(self, other: object) -> Value:
         return apply("word_greater_equal" if self.type is UINT32 else "greater_equal", self, other)
 
-    def __eq__(self, other: Any) -> Value:  # type: ignore[override]
+    def __eq__(self, other: Operand) -> Value:  # type: ignore[override]
         return apply("equal", self, other)
 
-    def __ne__(self, other: Any) -> Value:  # type: ignore[override]
+    def __ne__(self, other: Operand) -> Value:  # type: ignore[override]
         return apply("not_equal", self, other)
 
-    def __and__(self, other: Any) -> Value:
+    def __and__(self, other: Operand) -> Value:
         return apply("logical_and", self, other)
 
-    def __rand__(self, other: Any) -> Value:
+    def __rand__(self, other: Operand) -> Value:
         return apply("logical_and", other, self)
 
-    def __or__(self, other: Any) -> Value:
+    def __or__(self, other: Operand) -> Value:
         return apply("logical_or", self, other)
 
-    def __ror__(self, other: Any) -> Value:
+    def __ror__(self, other: Operand) -> Value:
         return apply("logical_or", other, self)
 
-    def __xor__(self, other: Any) -> Value:
+    def __xor__(self, other: Operand) -> Value:
         return apply("bitwise_xor" if self.type is UINT32 else "logical_xor", self, other)
 
-    def __rxor__(self, other: Any) -> Value:
+    def __rxor__(self, other: Operand) -> Value:
         return apply("logical_xor", other, self)
 
     def __invert__(self) -> Value:
         return apply("logical_not", self)
 
-    def __pow__(self, exponent: Any) -> Value:
+    def __pow__(self, exponent: Operand) -> Value:
         return power(self, exponent)
 
-    def __rpow__(self, base: Any) -> Value:
+    def __rpow__(self, base: Operand) -> Value:
         return power(lift(self.backend, base), self)
 
     __hash__ = object.__hash__
 
     # In place: `m += x` would change the caller's array in plain NumPy, so it is refused for arguments.
-    def _in_place(self, sign: str) -> Any:
+    def _in_place(self, sign: str) -> Value:
         if self.argument and not self.scalar:
             self._refuse(
                 f"writes to its argument {self.argument!r}: write {self.argument} = {self.argument} {sign} ..."
             )
         return NotImplemented
 
-    def __iadd__(self, other: Any) -> Any:
+    def __iadd__(self, other: Operand) -> Value:
         return self._in_place("+")
 
-    def __isub__(self, other: Any) -> Any:
+    def __isub__(self, other: Operand) -> Value:
         return self._in_place("-")
 
-    def __imul__(self, other: Any) -> Any:
+    def __imul__(self, other: Operand) -> Value:
         return self._in_place("*")
 
-    def __itruediv__(self, other: Any) -> Any:
+    def __itruediv__(self, other: Operand) -> Value:
         return self._in_place("/")
 
-    def __ipow__(self, other: Any) -> Any:
+    def __ipow__(self, other: Operand) -> Value:
         return self._in_place("**")
 
-    def __iand__(self, other: Any) -> Any:
+    def __iand__(self, other: Operand) -> Value:
         return self._in_place("&")
 
-    def __ior__(self, other: Any) -> Any:
+    def __ior__(self, other: Operand) -> Value:
         return self._in_place("|")
 
-    def __ixor__(self, other: Any) -> Any:
+    def __ixor__(self, other: Operand) -> Value:
         return self._in_place("^")
 
-    def __setitem__(self, index: Any, value: Any) -> None:
+    def __setitem__(self, index: object, value: object) -> None:
         self._refuse(
             f"writes to {self._who()}: a rule returns new values instead, for example xp.where(mask, new, old)"
         )
@@ -189,7 +193,7 @@ class Value:
 
     __int__ = __index__ = __complex__ = __float__
 
-    def __getitem__(self, index: Any) -> NoReturn:
+    def __getitem__(self, index: object) -> NoReturn:
         self._refuse(f"indexes {self._who()}: a fused rule is elementwise")
 
     def __len__(self) -> int:
@@ -198,12 +202,12 @@ class Value:
     def __iter__(self) -> NoReturn:
         self._refuse(f"iterates over {self._who()}: a fused rule is elementwise")
 
-    def __matmul__(self, other: Any) -> NoReturn:
+    def __matmul__(self, other: object) -> NoReturn:
         self._refuse(f"multiplies matrices with {self._who()}: a fused rule is elementwise")
 
     __rmatmul__ = __matmul__
 
-    def __floordiv__(self, other: Any) -> NoReturn:
+    def __floordiv__(self, other: object) -> NoReturn:
         self._refuse(f"uses //, % or divmod on {self._who()}, which are not in the table of operations")
 
     __rfloordiv__ = __mod__ = __rmod__ = __divmod__ = __rdivmod__ = __floordiv__
@@ -213,7 +217,7 @@ class Value:
             raise AttributeError(name)
         self._refuse(f"uses .{name} of {self._who()}: use the functions of xp")
 
-    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **kwargs: Any) -> Value:
+    def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Operand, **kwargs: object) -> Value:
         # `np.float64(2) * g` arrives here; `np.sqrt(g)` does too, and is refused by name.
         name = {"power": "power", "true_divide": "divide"}.get(ufunc.__name__, ufunc.__name__)
         plain = all(isinstance(x, Value | numbers.Number | np.generic) for x in inputs)
@@ -224,14 +228,16 @@ class Value:
             return apply(name, *inputs)
         self._refuse(f"calls np.{ufunc.__name__} on {self._who()}: call xp.{ufunc.__name__} if the table has it")
 
-    def __array_function__(self, function: Any, types: Any, args: Any, kwargs: Any) -> NoReturn:
+    def __array_function__(
+        self, function: Callable[..., object], types: object, args: object, kwargs: object
+    ) -> NoReturn:
         self._refuse(f"calls np.{function.__name__} on {self._who()}: use the functions of xp")
 
     def __repr__(self) -> str:
         return f"<{'scalar' if self.scalar else 'array'} {self._who()} in {self.backend.rule}>"
 
 
-def lift(backend: Backend, x: Any, type: Type = REAL) -> Value:
+def lift(backend: Backend, x: object, type: Type = REAL) -> Value:
     """A Python or NumPy number written into a rule, as a scalar value, or as a word where one is asked for."""
     if isinstance(x, Value):
         return x
@@ -255,7 +261,7 @@ def _spread(value: Value) -> Value:
     return Value(value.backend, raw, value.type, origin=value.origin)
 
 
-def apply(name: str, *operands: Any) -> Value:
+def apply(name: str, *operands: object) -> Value:
     """One operation of the table. Scalars stay scalar among themselves, and are rounded beside an array."""
     backend = next(x.backend for x in operands if isinstance(x, Value))
     op = TABLE[name]
@@ -275,7 +281,7 @@ def apply(name: str, *operands: Any) -> Value:
     return Value(backend, raw, op.gives, origin=origin)
 
 
-def power(base: Value, exponent: Any) -> Value:
+def power(base: Value, exponent: Operand) -> Value:
     """``base**exponent``: repeated squaring for integers written out, or a scalar to an integer step count."""
     if isinstance(exponent, numbers.Real | np.floating | np.integer) and float(exponent).is_integer():
         return _constant_power(base, int(float(exponent)))
@@ -310,95 +316,95 @@ class Functions:
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
 
-    def _call(self, name: str, *operands: Any) -> Value:
+    def _call(self, name: str, *operands: Operand) -> Value:
         types = TABLE[name].takes
         return apply(name, *(lift(self._backend, x, type) for x, type in zip(operands, types, strict=True)))
 
-    def add(self, x1: Any, x2: Any) -> Value:
+    def add(self, x1: Operand, x2: Operand) -> Value:
         return self._call("add", x1, x2)
 
-    def subtract(self, x1: Any, x2: Any) -> Value:
+    def subtract(self, x1: Operand, x2: Operand) -> Value:
         return self._call("subtract", x1, x2)
 
-    def multiply(self, x1: Any, x2: Any) -> Value:
+    def multiply(self, x1: Operand, x2: Operand) -> Value:
         return self._call("multiply", x1, x2)
 
-    def divide(self, x1: Any, x2: Any) -> Value:
+    def divide(self, x1: Operand, x2: Operand) -> Value:
         return self._call("divide", x1, x2)
 
-    def negative(self, x: Any) -> Value:
+    def negative(self, x: Operand) -> Value:
         return self._call("negative", x)
 
-    def positive(self, x: Any) -> Value:
+    def positive(self, x: Operand) -> Value:
         return lift(self._backend, x)
 
-    def pow(self, x1: Any, x2: Any) -> Value:
+    def pow(self, x1: Operand, x2: Operand) -> Value:
         return power(lift(self._backend, x1), x2)
 
-    def sqrt(self, x: Any) -> Value:
+    def sqrt(self, x: Operand) -> Value:
         return self._call("sqrt", x)
 
-    def abs(self, x: Any) -> Value:
+    def abs(self, x: Operand) -> Value:
         return self._call("abs", x)
 
-    def square(self, x: Any) -> Value:
+    def square(self, x: Operand) -> Value:
         return self._call("multiply", x, x)
 
-    def isfinite(self, x: Any) -> Value:
+    def isfinite(self, x: Operand) -> Value:
         return self._call("isfinite", x)
 
-    def less(self, x1: Any, x2: Any) -> Value:
+    def less(self, x1: Operand, x2: Operand) -> Value:
         return self._call("less", x1, x2)
 
-    def less_equal(self, x1: Any, x2: Any) -> Value:
+    def less_equal(self, x1: Operand, x2: Operand) -> Value:
         return self._call("less_equal", x1, x2)
 
-    def greater(self, x1: Any, x2: Any) -> Value:
+    def greater(self, x1: Operand, x2: Operand) -> Value:
         return self._call("greater", x1, x2)
 
-    def greater_equal(self, x1: Any, x2: Any) -> Value:
+    def greater_equal(self, x1: Operand, x2: Operand) -> Value:
         return self._call("greater_equal", x1, x2)
 
-    def equal(self, x1: Any, x2: Any) -> Value:
+    def equal(self, x1: Operand, x2: Operand) -> Value:
         return self._call("equal", x1, x2)
 
-    def not_equal(self, x1: Any, x2: Any) -> Value:
+    def not_equal(self, x1: Operand, x2: Operand) -> Value:
         return self._call("not_equal", x1, x2)
 
-    def logical_and(self, x1: Any, x2: Any) -> Value:
+    def logical_and(self, x1: Operand, x2: Operand) -> Value:
         return self._call("logical_and", x1, x2)
 
-    def logical_or(self, x1: Any, x2: Any) -> Value:
+    def logical_or(self, x1: Operand, x2: Operand) -> Value:
         return self._call("logical_or", x1, x2)
 
-    def logical_xor(self, x1: Any, x2: Any) -> Value:
+    def logical_xor(self, x1: Operand, x2: Operand) -> Value:
         return self._call("logical_xor", x1, x2)
 
-    def logical_not(self, x: Any) -> Value:
+    def logical_not(self, x: Operand) -> Value:
         return self._call("logical_not", x)
 
-    def multiply_words(self, x1: Any, x2: Any) -> tuple[Value, Value]:
+    def multiply_words(self, x1: Operand, x2: Operand) -> tuple[Value, Value]:
         """The high and the low 32 bits of the product of two words."""
         return self._call("multiply_high", x1, x2), self._call("multiply_low", x1, x2)
 
-    def where(self, condition: Any, x1: Any, x2: Any) -> Value:
+    def where(self, condition: Operand, x1: Operand, x2: Operand) -> Value:
         return self._call("where", condition, x1, x2)
 
-    def maximum(self, x1: Any, x2: Any) -> Value:
+    def maximum(self, x1: Operand, x2: Operand) -> Value:
         """``where((x1 > x2) | (x1 != x1), x1, x2)``: a NaN on either side stays."""
         x1 = lift(self._backend, x1)
         return self.where((x1 > x2) | (x1 != x1), x1, x2)
 
-    def minimum(self, x1: Any, x2: Any) -> Value:
+    def minimum(self, x1: Operand, x2: Operand) -> Value:
         """``where((x1 < x2) | (x1 != x1), x1, x2)``: a NaN on either side stays."""
         x1 = lift(self._backend, x1)
         return self.where((x1 < x2) | (x1 != x1), x1, x2)
 
-    def clip(self, x: Any, min: Any = None, max: Any = None) -> Value:
+    def clip(self, x: Operand, min: Operand | None = None, max: Operand | None = None) -> Value:
         x = x if min is None else self.maximum(x, min)
         return lift(self._backend, x) if max is None else self.minimum(x, max)
 
-    def sign(self, x: Any) -> Value:
+    def sign(self, x: Operand) -> Value:
         """-1, 0 or 1; ``sign(±0) = +0`` and ``sign(NaN) = NaN``."""
         x = lift(self._backend, x)
         return self.where(x > 0, 1.0, self.where(x < 0, -1.0, self.where(x == 0, 0.0, x)))

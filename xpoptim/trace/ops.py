@@ -11,7 +11,7 @@ import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -27,6 +27,9 @@ class Type(Enum):
 REAL, BOOL, UINT32 = Type.REAL, Type.BOOL, Type.UINT32
 
 
+Operation: TypeAlias = Callable[..., Any]  # (xp, *arrays): any Array API namespace
+
+
 @dataclass(frozen=True)
 class Op:
     """One row of the table: operand types, result type, and the operation in each target's words."""
@@ -34,21 +37,20 @@ class Op:
     name: str
     takes: tuple[Type, ...]
     gives: Type
-    array: Callable[..., Any]  # (xp, *arrays): any Array API namespace
+    array: Operation
     llvm: str
     cuda: str
     symbol: str = ""  # infix or prefix spelling for `source("graph")`
 
 
-def _op(name: str, takes: tuple[Type, ...], gives: Type, array: Any, llvm: str, cuda: str, symbol: str = "") -> Op:
-    return Op(name, takes, gives, array, llvm, cuda, symbol)
+_op = Op
 
 
-def _infix(function: Callable[[Any, Any], Any]) -> Callable[..., Any]:
+def _infix(function: Callable[[Any, Any], Any]) -> Operation:
     return lambda xp, a, b: function(a, b)
 
 
-def integer_power(x: Any, n: Any) -> Any:
+def integer_power(x: float, n: float) -> np.float64:
     """``x**n`` for an integer ``n`` by repeated squaring, low bit first: the order every engine follows.
 
     Exponents beyond 2**62 count as that.

@@ -9,17 +9,18 @@ which changes no bit. A complex element is its real part followed by its imagina
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 
 from ..arrays.namespaces.lookup import device_of
+from ..arrays.types import Array, Namespace
 
 CHUNK = 4096
 LANES = 256
 
 
-def chunk_sums(xp: Any, squares: Any) -> Any:
+def chunk_sums(xp: Namespace, squares: Array) -> Array:
     """One float64 sum for each chunk of a one-dimensional float64 array."""
     missing = -squares.shape[0] % CHUNK
     if missing:
@@ -35,7 +36,7 @@ def chunk_sums(xp: Any, squares: Any) -> Any:
     return lanes[:, 0]
 
 
-def fold(xp: Any, sums: Any) -> Any:
+def fold(xp: Namespace, sums: Array) -> Array:
     """The sum of a tensor from the sums of its chunks: neighbours are added until one is left."""
     while sums.shape[0] > 1:
         if sums.shape[0] % 2:
@@ -44,7 +45,7 @@ def fold(xp: Any, sums: Any) -> Any:
     return sums[0]
 
 
-def add_in_order(sums: Any) -> float:
+def add_in_order(sums: Sequence[float]) -> float:
     """The tensors' sums, one after the other; the caller has sorted them by key."""
     with np.errstate(over="ignore", invalid="ignore"):
         return float(np.add.accumulate(np.asarray(sums, np.float64))[-1]) if len(sums) else 0.0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from .language import Functions, Value
 from .ops import REAL, Op, Type
@@ -78,7 +77,7 @@ def trace(
     return Program(name, compute, buffers, inputs, tuple(tracer.nodes), stores=stores)
 
 
-def _array(value: Any) -> int:
+def _array(value: Value) -> int:
     """The node of an array value; a scalar result fills the array."""
     return value.backend.spread(value.raw, value.type) if value.scalar else value.raw
 

@@ -7,11 +7,16 @@ which is imported when the first of them comes.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 
+from ..types import Namespace
 from . import cupy_namespace
+
+_NUMPY: ModuleType = np  # a type checker takes any module for a namespace
+NUMPY_NAMESPACE: Namespace = _NUMPY  # since NumPy 2.1
 
 
 class _Memory:
@@ -124,7 +129,7 @@ class _NumPy(Library):
     wrapping_products = True
 
     def namespace(self, x: Any) -> Any:
-        return np  # an Array API namespace since NumPy 2.1
+        return NUMPY_NAMESPACE
 
     def device(self, x: Any) -> Any:
         return "cpu"

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from .libraries import CUPY, NUMPY, Library, compat, other
+from ..types import Namespace
+from .libraries import CUPY, NUMPY, NUMPY_NAMESPACE, Library, compat, other
 
 _numpy_name = lru_cache(maxsize=256)(lambda dtype: dtype.name)  # NumPy takes a microsecond to spell it
 
@@ -31,7 +32,7 @@ def library_of(x: Any) -> Library | None:
     return other(compat(x).array_namespace(x).__name__)
 
 
-def library_behind(xp: Any) -> Library:
+def library_behind(xp: object) -> Library:
     """The library of a namespace."""
     name = getattr(xp, "__name__", "")  # not every namespace is a module
     if name.endswith(".cupy_namespace"):
@@ -48,7 +49,7 @@ def library_with(x: Any) -> Library:
     return library
 
 
-def namespace(x: Any) -> Any:
+def namespace(x: object) -> Namespace:
     """The Array API namespace of an array."""
     return library_with(x).namespace(x)
 
@@ -72,10 +73,10 @@ def dtype_name(array: Any) -> str:
     return str(dtype).rsplit(".", 1)[-1]  # torch.float32, array_api_strict.float32
 
 
-def standard(xp: Any) -> Any:
+def standard(xp: Any) -> Namespace:
     """A library's own module, or NumPy for None, under the names of the Array API: torch's, for one, lacks some."""
     if xp is None or xp is np:
-        return np
+        return NUMPY_NAMESPACE
     if library_behind(xp) is CUPY:
         return CUPY.namespace(None)
     return namespace(xp.empty(0))

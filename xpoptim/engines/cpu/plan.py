@@ -16,7 +16,7 @@ import numpy as np
 
 from ...arrays.dtypes import PART
 from ...arrays.leaves import Leaf
-from ...arrays.namespaces.libraries import memory_at
+from ...arrays.namespaces.libraries import NUMPY_NAMESPACE, memory_at
 from ...codegen.llvm.elementwise import HEADER, assembly
 from ...recipe.recipe import Traced
 from ...trace.program import Program
@@ -188,7 +188,7 @@ class Plan:
         with np.errstate(over="ignore", invalid="ignore"):
             for i in self._long:
                 if lengths[i]:
-                    sums[i] = fold(np, self._chunks(i, int(lengths[i])))
+                    sums[i] = fold(NUMPY_NAMESPACE, self._chunks(i, int(lengths[i])))
         return dict(zip(self._keys, sums.tolist(), strict=True))
 
     def _chunks(self, i: int, length: int) -> np.ndarray:

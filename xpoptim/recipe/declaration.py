@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 from ..errors import TraceError, habits
 from . import hyperparameters, options
@@ -16,9 +16,9 @@ class Declaration:
 
     capturable: bool  # an option that concerns every engine
 
-    slots: ClassVar[tuple[str, ...] | Mapping[str, Any]] = ()
+    slots: ClassVar[tuple[str, ...] | Mapping[str, object]] = ()
     fused: ClassVar[bool] = True
-    rule: ClassVar[Callable[..., Any]]
+    rule: ClassVar[Callable[..., object]]
 
     _options: ClassVar[tuple[str, ...]] = ()
     _optional: ClassVar[frozenset[str]] = frozenset()  # options that None switches off
@@ -36,7 +36,7 @@ class Declaration:
     # -----------------------------------------------------------------------------------------------------------------
     # The class: fields, slots and rule
 
-    def __init_subclass__(cls, *, options: bool = False, **kwargs: Any) -> None:
+    def __init_subclass__(cls, *, options: bool = False, **kwargs: object) -> None:
         """``options``: the fields are those of every optimizer, and what else the class has is no hyperparameter."""
         super().__init_subclass__(**kwargs)
         own = {
@@ -58,7 +58,7 @@ class Declaration:
             cls._takes = cls._inspect_rule()
 
     @classmethod
-    def _check_names(cls, fields: Mapping[str, Any]) -> None:
+    def _check_names(cls, fields: Mapping[str, object]) -> None:
         """Names of hyperparameters and slots must not meet each other or ours."""
         bad = sorted(name for name in fields if name in cls._reserved)
         slots = () if bad else cls._slot_names()
@@ -71,7 +71,7 @@ class Declaration:
 
     @classmethod
     def _make_signature(cls) -> inspect.Signature:
-        def parameter(name: str, kind: Any) -> inspect.Parameter:
+        def parameter(name: str, kind: inspect._ParameterKind) -> inspect.Parameter:
             default = getattr(cls, name, inspect.Parameter.empty)
             return inspect.Parameter(name, kind, default=default)
 
@@ -85,7 +85,7 @@ class Declaration:
         return tuple(cls.slots)
 
     @classmethod
-    def _slot_starts(cls) -> Mapping[str, Any]:
+    def _slot_starts(cls) -> Mapping[str, object]:
         return cls.slots if isinstance(cls.slots, Mapping) else dict.fromkeys(cls.slots, 0.0)
 
     @classmethod
@@ -126,13 +126,13 @@ class Declaration:
     # -----------------------------------------------------------------------------------------------------------------
     # The object: hyperparameters
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+    def __new__(cls, *args: object, **kwargs: object) -> Self:
         new = object.__new__(cls)
         object.__setattr__(new, "_version", object())
         object.__setattr__(new, "_derived", (None, None, None))
         return new
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: object, **kwargs: object) -> None:
         cls = type(self)
         if not hasattr(cls, "rule"):
             raise TypeError(
@@ -152,7 +152,7 @@ class Declaration:
         for name, value in bound.arguments.items():
             setattr(self, name, value)
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def __setattr__(self, name: str, value: object) -> None:
         cls = type(self)
         if name not in cls._fields and name not in cls._options:
             if name == "state":

@@ -8,29 +8,30 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..trace.language import Functions, Value
 from .recipe import Option
 
 
-def clip_value(xp: Any, g: Any, *, clip_value: Any) -> Any:
+def clip_value(xp: Functions, g: Value, *, clip_value: Value) -> Value:
     """Each element into [-clip_value, clip_value]; a NaN stays."""
     return xp.clip(g, -clip_value, clip_value)
 
 
-def clip_norm(xp: Any, g: Any, *, clip_norm: Any, norm: Any) -> Any:
+def clip_norm(xp: Functions, g: Value, *, clip_norm: Value, norm: Value) -> Value:
     """All gradients by one factor, so that their global L2 norm is at most clip_norm. It is 1 for a norm of 0 too."""
     return xp.minimum(1.0, clip_norm / norm) * g
 
 
-def maximize(xp: Any, g: Any) -> Any:
+def maximize(xp: Functions, g: Value) -> Value:
     return -g
 
 
-def l2_decay(xp: Any, g: Any, p: Any, *, weight_decay: Any) -> Any:
+def l2_decay(xp: Functions, g: Value, p: Value, *, weight_decay: Value) -> Value:
     """The gradient of weight_decay/2 * ||p||², added to the gradient."""
     return g + weight_decay * p
 
 
-def decoupled_decay(xp: Any, p: Any, *, lr: Any, weight_decay: Any) -> Any:
+def decoupled_decay(xp: Functions, p: Value, *, lr: Value, weight_decay: Value) -> Value:
     """Decay apart from the gradient (Loshchilov & Hutter, 2019)."""
     return p * (1 - lr * weight_decay)
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from ..arrays.dtypes import compute_dtype, slot_dtype
 from ..arrays.namespaces.lookup import library_with
+from ..arrays.types import Array, Namespace
 from ..errors import TraceError
 from ..trace.language import Functions, Value, lift
 from ..trace.program import Buffer, Program
@@ -25,7 +26,7 @@ from ..trace.tracer import trace
 class Option:
     """``function`` takes buffers by position and scalars by keyword, and gives the new value of its first buffer."""
 
-    function: Callable[..., Any]
+    function: Callable[..., Value]
     active: Callable[[Any], bool]  # asked of the optimizer
     reduction: str | None = None  # a scalar that it needs of all gradients as they are before it
 
@@ -50,7 +51,7 @@ class Recipe:
     """What a step computes: the options that are on, around the rule. Hashable, and free of numbers and arrays."""
 
     name: str  # "Adam.rule", for errors
-    rule: Callable[..., Any]
+    rule: Callable[..., object]
     slots: tuple[str, ...]
     takes: tuple[str, ...]  # the rule's scalars, "t" and static fields included
     statics: tuple[tuple[str, bool], ...]
@@ -116,7 +117,7 @@ class Recipe:
             raise TraceError(f"{self.name} {what}: {type(error).__name__}: {error}") from error
         return self._checked(result, arrays[0])
 
-    def _checked(self, result: Any, p: Value) -> dict[str, Value]:
+    def _checked(self, result: object, p: Value) -> dict[str, Value]:
         outputs = tuple(name for name in self.buffers if name != "g")
         results = result if isinstance(result, tuple | list) else (result,)
         wanted = ", ".join(f"new {name}" for name in outputs)
@@ -157,7 +158,9 @@ class Traced:
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
-        functions: dict[str, Callable[..., Any]] = {"norm": recipe.gradient} if recipe.reductions else {}
+        functions: dict[str, Callable[..., Mapping[str, Value] | Value]] = (
+            {"norm": recipe.gradient} if recipe.reductions else {}
+        )
         if recipe.fused:
             functions["update"] = recipe.update
         buffers = _buffers(recipe, "float32", "float32")
@@ -185,7 +188,9 @@ def _buffers(recipe: Recipe, dtype: str, g_dtype: str) -> tuple[Buffer, ...]:
     return (Buffer("p", "param", dtype), Buffer("g", "grad", g_dtype), *slots)
 
 
-def _plain(rule: Callable[..., Any], xp: Functions, arrays: list[Value], keywords: dict[str, Any]) -> tuple[Value, ...]:
+def _plain(
+    rule: Callable[..., object], xp: Functions, arrays: list[Value], keywords: Mapping[str, Value | bool | None]
+) -> tuple[Value, ...]:
     """A rule that is not elementwise, called with the namespace, arrays and floats themselves."""
     backend: Any = xp._backend
     numbers = {name: float(x.raw) if isinstance(x, Value) else x for name, x in keywords.items()}
@@ -198,14 +203,14 @@ def _plain(rule: Callable[..., Any], xp: Functions, arrays: list[Value], keyword
     return tuple(Value(backend, own[id(raw)] if id(raw) in own else _apart(backend.xp, raw, arrays)) for raw in results)
 
 
-def _apart(xp: Any, raw: Any, arrays: list[Value]) -> Any:
+def _apart(xp: Namespace, raw: Array, arrays: list[Value]) -> Array:
     """A result in memory of its own: a view of an argument would change when that is written to."""
     if library_with(raw).shared(raw, [array.raw for array in arrays]):
         return xp.asarray(raw, copy=True)
     return raw
 
 
-def _check_plain(rule: str, raw: Any, p: Any) -> None:
+def _check_plain(rule: str, raw: Any, p: Array) -> None:
     """What a plain rule returns is written to arrays of the parameter's shape: nothing is broadcast or cut."""
     shape = getattr(raw, "shape", None)
     if shape is None or tuple(shape) != tuple(p.shape):

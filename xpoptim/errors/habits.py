@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import ItemsView, Iterable, Iterator, KeysView, Mapping, Sequence, Set, ValuesView
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from .hints import near
 
@@ -33,7 +33,7 @@ class Elsewhere:
         self._name = name
         self.__doc__ = f"Not there: {METHODS[name]}."  # `help` shows it
 
-    def __get__(self, instance: Any, owner: type) -> NoReturn:
+    def __get__(self, instance: object, owner: type) -> NoReturn:
         raise AttributeError(f"{owner.__name__} has no {self._name!r}: {METHODS[self._name]}")
 
 
@@ -42,7 +42,7 @@ def keyword(name: str, known: Iterable[str]) -> str:
     return f" ({_KEYWORDS[name]})" if name in _KEYWORDS else near(name, known)
 
 
-def refuse_parameters(owner: str, field: str, first: Any) -> None:
+def refuse_parameters(owner: str, field: str, first: object) -> None:
     """An error if an optimizer's first argument is the parameters, which other libraries' optimizers take there."""
     containers = Mapping | list | tuple | Set | Iterator | ValuesView  # other views of dicts are sets
     given = not callable(first) and (isinstance(first, containers) or getattr(first, "shape", None))
@@ -53,7 +53,7 @@ def refuse_parameters(owner: str, field: str, first: Any) -> None:
         )
 
 
-def instead(x: Any) -> str:
+def instead(x: object) -> str:
     """What to pass in place of what is neither an array nor a container, or an empty string."""
     if isinstance(x, dict | list | tuple | str | bytes | bytearray | memoryview) or _has(x, "shape"):
         return ""
@@ -70,7 +70,7 @@ def instead(x: Any) -> str:
     return _model(x)
 
 
-def _model(x: Any) -> str:
+def _model(x: object) -> str:
     """What to pass in place of a model or a layer, or an empty string. No code of its class is run."""
     if _gives(x, "named_parameters"):  # torch
         return (
@@ -88,17 +88,17 @@ def _model(x: Any) -> str:
     return f"pass its arrays in a dict, {{{shown}{', ...' if len(arrays) > 3 else ''}}}, and their gradients likewise"
 
 
-def _has(x: Any, name: str) -> bool:
+def _has(x: object, name: str) -> bool:
     return inspect.getattr_static(x, name, None) is not None
 
 
-def _gives(x: Any, name: str) -> bool:
+def _gives(x: object, name: str) -> bool:
     """Whether it has this attribute, and that as a method if it can be called itself: a schedule may have any other."""
     method = inspect.getattr_static(x, name, None)
     return method is not None and (not callable(x) or callable(method) or isinstance(method, classmethod))
 
 
-def _variables(x: Any) -> dict[str, Any]:
+def _variables(x: object) -> dict[str, object]:
     try:
         return vars(x)
     except TypeError:

@@ -6,7 +6,8 @@ import functools
 import os
 import threading
 from collections.abc import Callable
-from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+from contextlib import AbstractContextManager
+from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -36,7 +37,7 @@ class Guard:
                 self.lock = threading.RLock()
                 self.forks = _forks
 
-    def current(self) -> Any:
+    def current(self) -> AbstractContextManager[bool]:
         """The lock in this process, for what waits for other threads but may be done within a call."""
         if self.forks != _forks:
             self.renew()
@@ -84,7 +85,7 @@ def _after_fork() -> None:
     _renewing = threading.Lock()
 
 
-_renewing: Any = threading.Lock()
+_renewing = threading.Lock()
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)

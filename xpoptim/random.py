@@ -18,11 +18,13 @@ import math
 import operator
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, Self, TypeVar
 
 import numpy as np
 
+from .arrays.namespaces.libraries import NUMPY_NAMESPACE
 from .arrays.namespaces.lookup import library_behind, standard
+from .arrays.types import Array, Device, Namespace
 from .sync.atomic import Atomic
 
 __all__ = ["seed", "words"]
@@ -41,11 +43,18 @@ PIECE_ON_GPU = 1 << 20
 # --- Philox, written once -------------------------------------------------------------------------------
 
 
+class _Lane(Protocol):
+    def __xor__(self, other: Self | int, /) -> Self: ...
+
+
+_L = TypeVar("_L", bound=_Lane)
+
+
 def philox4x32(
-    counter: Sequence[Any],
-    keys: Sequence[tuple[Any, Any]],
-    mulhilo: Callable[[int, Any], tuple[Any, Any]],
-) -> tuple[Any, Any, Any, Any]:
+    counter: Sequence[_L],
+    keys: Sequence[tuple[_L | int, _L | int]],
+    mulhilo: Callable[[int, _L], tuple[_L, _L]],
+) -> tuple[_L, _L, _L, _L]:
     """Four output words of Philox4x32 for a counter of four 32-bit lanes: one round per pair of ``keys``.
 
     A lane is anything with ``^`` for which ``mulhilo(constant, lane)`` gives the high and the low 32 bits of
@@ -68,12 +77,12 @@ def round_keys(seed: int) -> list[tuple[int, int]]:
     return [((low + r * step0) & MASK32, (high + r * step1) & MASK32) for r in range(PHILOX_ROUNDS)]
 
 
-def _mulhilo_unsigned(constant: int, lane: Any) -> tuple[Any, Any]:
+def _mulhilo_unsigned(constant: int, lane: Array) -> tuple[Array, Array]:
     product = lane * constant
     return product >> 32, product & MASK32
 
 
-def _mulhilo_signed(constant: int, lane: Any) -> tuple[Any, Any]:
+def _mulhilo_signed(constant: int, lane: Array) -> tuple[Array, Array]:
     # The product of two 32-bit words may set the sign bit of an int64; the shift then copies it downwards.
     product = lane * constant
     return (product >> 32) & MASK32, product & MASK32
@@ -82,7 +91,7 @@ def _mulhilo_signed(constant: int, lane: Any) -> tuple[Any, Any]:
 # --- Words and keep masks -------------------------------------------------------------------------------
 
 
-def words(seed: int, stream: int, n: int, xp: Any = None, *, start_block: int = 0, device: Any = None) -> Any:
+def words(seed: int, stream: int, n: int, xp: object = None, *, start_block: int = 0, device: Device = None) -> Any:
     """``n`` random 32-bit words of a stream, as a one-dimensional uint32 array.
 
     Element ``i`` is output word ``i % 4`` of the Philox4x32-10 block ``start_block + i // 4``.
@@ -128,7 +137,7 @@ def words(seed: int, stream: int, n: int, xp: Any = None, *, start_block: int = 
     if start_block + _blocks(n) > 2**64:
         raise ValueError(f"start_block={start_block} leaves fewer than the {_blocks(n)} blocks that n={n} needs")
 
-    def convert(lib: Any, lane: Any) -> Any:
+    def convert(lib: Namespace, lane: Array) -> Array:
         return lib.astype(lane, lib.uint32)
 
     xp = standard(xp)
@@ -137,15 +146,15 @@ def words(seed: int, stream: int, n: int, xp: Any = None, *, start_block: int = 
 
 
 def keep_mask(
-    seed: int, stream: int, shape: tuple[int, ...], ratio: float, *, xp: Any = None, device: Any = None
-) -> Any:
+    seed: int, stream: int, shape: tuple[int, ...], ratio: float, *, xp: object = None, device: Device = None
+) -> Array:
     """A bool array, True where dropout keeps the element: where its word is at least :func:`threshold`."""
     xp = standard(xp)
     limit = threshold(ratio)
     if limit in (0, 2**32):  # nothing or everything is dropped: no word needs to be drawn
         return xp.full(shape, limit == 0, dtype=xp.bool, device=device)
 
-    def convert(lib: Any, lane: Any) -> Any:
+    def convert(lib: Namespace, lane: Array) -> Array:
         return kept(lane, limit)
 
     keep = _draw(convert, "bool", seed, stream, math.prod(shape), 0, xp, device)
@@ -163,19 +172,19 @@ def threshold(ratio: float) -> int:
 
 
 def _draw(
-    convert: Callable[[Any, Any], Any],
+    convert: Callable[[Namespace, Array], Array],
     dtype: str,
     seed: int,
     stream: int,
     n: int,
     start_block: int,
-    xp: Any,
-    device: Any,
-) -> Any:
+    xp: Namespace,
+    device: Device,
+) -> Array:
     """``convert(lane)`` of ``n`` words, piece by piece, so that no temporary grows with ``n``."""
     library = library_behind(xp)
     if not library.wrapping_products:
-        on_host = _draw(convert, dtype, seed, stream, n, start_block, np, None)
+        on_host = _draw(convert, dtype, seed, stream, n, start_block, NUMPY_NAMESPACE, None)
         return xp.asarray(on_host)
 
     # torch has no uint64 arithmetic; its int64 product wraps to the same bits.
@@ -187,7 +196,7 @@ def _draw(
     for first, stop in _pieces(start_block, start_block + _blocks(n), piece):
         low, high = first & MASK32, first >> 32
         block_low = xp.arange(low, low + (stop - first), dtype=lane_dtype, device=device)
-        counter = (block_low, high, stream & MASK32, stream >> 32)
+        counter: tuple[Any, ...] = (block_low, high, stream & MASK32, stream >> 32)
         lanes = [convert(xp, lane) for lane in philox4x32(counter, keys, mulhilo)]
         begin = 4 * (first - start_block)
         end = min(n, begin + 4 * (stop - first))

@@ -13,6 +13,7 @@ from ..arrays.dtypes import COMPLEX_DTYPES, REAL_DTYPES, compute_dtype
 from ..arrays.memory import extent, overlap, overlaps_itself
 from ..arrays.namespaces.libraries import Library
 from ..arrays.namespaces.lookup import dtype_name, library_of
+from ..arrays.types import Array, Device, Index, Namespace, Strided
 from ..engines import blocks
 from ..engines.choose import selected
 
@@ -22,22 +23,22 @@ PIECE = 1 << 16
 PIECE_ON_GPU = 1 << 24
 
 # where(keep, x * scale, zero); a keep of None stands for a mask of ones.
-Definition = Callable[[Any, Any, Any, Any, Any], Any]
+Definition = Callable[[Namespace, Array, Array | None, Array, Array], Array]
 
 
 class Operand(NamedTuple):
     """One array to work on, checked, and where its result goes."""
 
     library: Library
-    xp: Any
-    x: Any
+    xp: Namespace
+    x: Any  # an array of that library
     out: Any  # None: a new array
-    device: Any
+    device: Device
     dtype: str
     is_scalar: bool
     takes_kernel: bool  # else the reference
 
-    def result(self, y: Any) -> Any:
+    def result(self, y: Array) -> Any:
         return y[()] if self.is_scalar and self.out is None else y
 
 
@@ -60,7 +61,7 @@ def checked(name: str, x: Any, out: Any) -> Operand:
     return Operand(library, library.namespace(x), x, out, library.placement(x), dtype, is_scalar, takes_kernel)
 
 
-def _check_out(name: str, x: Any, out: Any, library: Library) -> None:
+def _check_out(name: str, x: Array, out: Array, library: Library) -> None:
     other = library_of(out)
     if isinstance(out, np.generic) or other is None:
         raise TypeError(f"out must be a mutable array, not {type(out).__name__}")
@@ -87,7 +88,7 @@ def _check_out(name: str, x: Any, out: Any, library: Library) -> None:
 # --- The reference --------------------------------------------------------------------------------------
 
 
-def by_reference(operand: Operand, keep: Any, scale: float, definition: Definition) -> Any:
+def by_reference(operand: Operand, keep: Array | None, scale: float, definition: Definition) -> Array:
     """The definition carried out on a whole array, real or complex, piece by piece; a keep of None keeps all."""
     xp, x, out = operand.xp, operand.x, operand.out
     factor = xp.asarray(scale, dtype=getattr(xp, compute_dtype(operand.dtype)), device=operand.device)
@@ -107,23 +108,23 @@ def by_reference(operand: Operand, keep: Any, scale: float, definition: Definiti
     return out
 
 
-def _immutable(operand: Operand, keep: Any, factor: Any, definition: Definition) -> Any:
+def _immutable(operand: Operand, keep: Array | None, factor: Array, definition: Definition) -> Array:
     parts = [_part(operand.xp, part, keep, factor, definition) for part in _real_parts(operand.xp, operand.x)]
     return parts[0] if len(parts) == 1 else operand.library.joined(*parts)
 
 
-def _part(xp: Any, x: Any, keep: Any, factor: Any, definition: Definition) -> Any:
+def _part(xp: Namespace, x: Array, keep: Array | None, factor: Array, definition: Definition) -> Array:
     """The definition on a real array, computed in the factor's dtype and rounded to its own."""
     wide = xp.astype(x, factor.dtype, copy=False)
     return xp.astype(definition(xp, wide, keep, factor, xp.zeros_like(factor)), x.dtype, copy=False)
 
 
-def _real_parts(xp: Any, x: Any) -> list[Any]:
+def _real_parts(xp: Namespace, x: Array) -> list[Array]:
     """``x`` itself, or views of its two real parts: a complex product would spread an inf over both."""
     return [xp.real(x), xp.imag(x)] if dtype_name(x).startswith("complex") else [x]
 
 
-def _pieces(shape: tuple[int, ...], most: int) -> Iterator[tuple[Any, ...]]:
+def _pieces(shape: tuple[int, ...], most: int) -> Iterator[Index]:
     """Indexes that cut an array of any layout, along one axis, into parts of at most about so many elements."""
     axis = 0
     while axis < len(shape) and math.prod(shape[axis + 1 :]) > most:
@@ -140,7 +141,7 @@ def _pieces(shape: tuple[int, ...], most: int) -> Iterator[tuple[Any, ...]]:
 # --- The kernels ----------------------------------------------------------------------------------------
 
 
-def _takes_kernel(name: str, x: Any, dtype: str) -> bool:
+def _takes_kernel(name: str, x: Array, dtype: str) -> bool:
     """Whether the engine in force means a kernel for this array."""
     engine = selected()
     if engine == "reference":
@@ -151,7 +152,7 @@ def _takes_kernel(name: str, x: Any, dtype: str) -> bool:
     return not reason
 
 
-def by_kernel(operand: Operand, kernel: blocks.Kernel, scale: float, words: list[int]) -> Any:
+def by_kernel(operand: Operand, kernel: blocks.Kernel, scale: float, words: list[int]) -> Array:
     """The kernel over a whole array; what does not lie in C order goes through a copy that does."""
     xp, x, out = operand.xp, operand.x, operand.out
     if x.flags.c_contiguous and (out is None or _one_pass(x, out)):
@@ -170,14 +171,14 @@ def by_kernel(operand: Operand, kernel: blocks.Kernel, scale: float, words: list
 # --- Memory ---------------------------------------------------------------------------------------------
 
 
-def _one_pass(x: Any, out: Any) -> bool:
+def _one_pass(x: Strided, out: Strided) -> bool:
     """Whether a kernel can write ``out`` while it reads ``x``, which lies in C order."""
     a, b = extent(x), extent(out)
     in_place = a is not None and b is not None and a.ctypes.data == b.ctypes.data
     return out.flags.c_contiguous and (in_place or _apart(x, out))
 
 
-def _apart(x: Any, out: Any) -> bool:
+def _apart(x: Array, out: Array) -> bool:
     """Whether two arrays surely share no memory."""
     a, b = extent(x), extent(out)
     return a is not None and b is not None and not overlap(a, b)

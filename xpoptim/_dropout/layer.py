@@ -25,9 +25,11 @@ import numpy as np
 from .. import random
 from ..arrays.dtypes import PART, compute_dtype
 from ..arrays.namespaces.lookup import library_behind
+from ..arrays.types import Array, Device, Namespace
 from ..engines.blocks import Kernel
 from ..errors.hints import near
 from ..sync.atomic import Atomic
+from ..trace.language import Functions, Value
 from ..trace.program import Buffer
 from ..trace.tracer import trace_blocks
 from .arrays import Operand, by_kernel, by_reference, checked
@@ -35,6 +37,10 @@ from .arrays import Operand, by_kernel, by_reference, checked
 __all__ = ["Dropout", "dropout"]
 
 # --- The definition -------------------------------------------------------------------------------------
+
+
+_A = TypeVar("_A")  # an array or a scalar
+_V = TypeVar("_V", Array, Value)  # what the definition is carried out on, and what kernels are traced with
 
 
 class _Settings(NamedTuple):
@@ -52,12 +58,14 @@ class _Settings(NamedTuple):
         return 1.0 if self.inverted else 1 - self.ratio
 
 
-def _dropped(xp: Any, x: Any, keep: Any, scale: Any, zero: Any) -> Any:
+def _dropped(xp: Any, x: _V, keep: _V | None, scale: _V, zero: _V | float) -> _V:
     """The definition. A keep of None keeps all."""
     return x * scale if keep is None else xp.where(keep, x * scale, zero)
 
 
-def _block(xp: Any, numbers: list[Any], block: list[Any], words: dict[str, Any], scalars: dict[str, Any]) -> list[Any]:
+def _block(
+    xp: Functions, numbers: list[Value], block: list[Value], words: dict[str, Value], scalars: dict[str, Value]
+) -> list[Value]:
     """The same for a block of four elements, which share four words: what the kernels are traced from."""
     counter = (*block, words["stream_low"], words["stream_high"])
     keys = [(words[f"key{r}_low"], words[f"key{r}_high"]) for r in range(random.PHILOX_ROUNDS)]
@@ -76,8 +84,8 @@ _WORDS = (
 
 
 def _scaled_block(
-    xp: Any, numbers: list[Any], block: list[Any], words: dict[str, Any], scalars: dict[str, Any]
-) -> list[Any]:
+    xp: Functions, numbers: list[Value], block: list[Value], words: dict[str, Value], scalars: dict[str, Value]
+) -> list[Value]:
     """A block where all elements are kept."""
     return [_dropped(xp, x, None, scalars["scale"], 0.0) for x in numbers]
 
@@ -94,7 +102,7 @@ def scaling_kernel(dtype: str) -> Kernel:
     return _traced("scale", _scaled_block, (), dtype)
 
 
-def _traced(name: str, function: Callable[..., list[Any]], words: tuple[str, ...], dtype: str) -> Kernel:
+def _traced(name: str, function: Callable[..., list[Value]], words: tuple[str, ...], dtype: str) -> Kernel:
     buffer, lanes = Buffer("x", "param", dtype), 8 if dtype in PART else 4
     return Kernel(
         trace_blocks(
@@ -109,7 +117,7 @@ def _traced(name: str, function: Callable[..., list[Any]], words: tuple[str, ...
     )
 
 
-def _train(operand: Operand, settings: _Settings, seed: int, stream: int) -> Any:
+def _train(operand: Operand, settings: _Settings, seed: int, stream: int) -> Array:
     limit, scale = random.threshold(settings.ratio), settings.train_scale()
     shared = _normalised(settings.axes, operand.x.shape)
     with operand.library.on(operand.device):
@@ -121,12 +129,12 @@ def _train(operand: Operand, settings: _Settings, seed: int, stream: int) -> Any
         return _masked(operand, keep, scale)
 
 
-def _test(operand: Operand, settings: _Settings) -> Any:
+def _test(operand: Operand, settings: _Settings) -> Array:
     with operand.library.on(operand.device):
         return _masked(operand, None, settings.test_scale())
 
 
-def _masked(operand: Operand, keep: Any, scale: float) -> Any:
+def _masked(operand: Operand, keep: Array | None, scale: float) -> Array:
     """The definition with a mask that is there already, or with none."""
     if not operand.takes_kernel:
         return by_reference(operand, keep, scale, _dropped)
@@ -136,7 +144,7 @@ def _masked(operand: Operand, keep: Any, scale: float) -> Any:
     return y
 
 
-def _keep(xp: Any, device: Any, shape: tuple[int, ...], settings: _Settings, seed: int, stream: int) -> Any:
+def _keep(xp: Namespace, device: Device, shape: tuple[int, ...], settings: _Settings, seed: int, stream: int) -> Array:
     """The mask, True = kept, to be broadcast to the shape: along the shared axes it has length 1."""
     shared = _normalised(settings.axes, shape)
     drawn = tuple(1 if axis in shared else n for axis, n in enumerate(shape))
@@ -146,7 +154,7 @@ def _keep(xp: Any, device: Any, shape: tuple[int, ...], settings: _Settings, see
 # --- The public form ------------------------------------------------------------------------------------
 
 
-def dropout(x: Any, ratio: float, *, seed: int, stream: int, inverted: bool = False) -> Any:
+def dropout(x: _A, ratio: float, *, seed: int, stream: int, inverted: bool = False) -> _A:
     """Dropout in training, as a pure function: ``where(keep, x * scale, +0)``.
 
     Element ``i`` of ``x``, in C order, is dropped if word ``i`` of ``(seed, stream)`` is below
@@ -318,7 +326,7 @@ class Dropout:
         self._state = Atomic(_State(settings, seed, layer, threading.local()))
 
     @_explained
-    def forward(self, x: Any, train_flg: bool = True, out: Any = None) -> Any:
+    def forward(self, x: _A, train_flg: bool = True, out: _A | None = None) -> _A:
         """Dropout of ``x``; in training with the next call's mask. ``drop(x, ...)`` is the same.
 
         Parameters
@@ -349,12 +357,12 @@ class Dropout:
         return y
 
     @_explained
-    def __call__(self, x: Any, train_flg: bool = True, out: Any = None) -> Any:
+    def __call__(self, x: _A, train_flg: bool = True, out: _A | None = None) -> _A:
         """The same as :meth:`forward`."""
         return self.forward(x, train_flg, out)
 
     @_explained
-    def backward(self, dout: Any, call: int | None = None, out: Any = None) -> Any:
+    def backward(self, dout: _A, call: int | None = None, out: _A | None = None) -> _A:
         """The gradient of a training forward: ``where(keep, dout * scale, +0)`` with that forward's mask.
 
         Parameters
@@ -408,7 +416,7 @@ class Dropout:
             "latest": None if state.latest is None else state.latest.as_dict(),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Go on where :meth:`state_dict` was taken: the next forward draws the mask it would have drawn.
 
         Seed, layer and call are restored, and also ratio, ``inverted`` and ``broadcast_axes``, since the masks
@@ -469,7 +477,7 @@ class Dropout:
     def _set(self, **settings: Any) -> None:
         self._state.change(lambda state: state._replace(settings=state.settings._replace(**settings)))
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def __setattr__(self, name: str, value: object) -> None:
         settable = ("dropout_ratio", "inverted", "broadcast_axes")
         if name not in settable and not name.startswith("_"):
             raise AttributeError(
@@ -507,7 +515,7 @@ class _Forward(NamedTuple):
     shape: tuple[int, ...]
     settings: _Settings
     namespace: str = "numpy"
-    device: Any = None
+    device: Device = None
 
     def check(self, shape: tuple[int, ...]) -> None:
         if shape != self.shape:
@@ -556,7 +564,7 @@ class _Latest(NamedTuple):
         }
 
     @classmethod
-    def from_dict(cls, name: str, state: Any, call: int) -> _Latest:
+    def from_dict(cls, name: str, state: object, call: int) -> _Latest:
         pattern = cls(_Forward(0, (), _Settings(0.0, False, ())), 0, 0).as_dict()
         state = _checked_keys(name, state, pattern)
         if not isinstance(state["shape"], (list, tuple)):
@@ -582,7 +590,7 @@ class _State(NamedTuple):
     call: int = 0
     latest: _Latest | None = None
 
-    def counted(self, shape: tuple[int, ...], namespace: str, device: Any) -> _State:
+    def counted(self, shape: tuple[int, ...], namespace: str, device: Device) -> _State:
         """The state after one more training forward has taken its number."""
         _normalised(self.settings.axes, shape)
         if self.call + 1 >= 2**32:
@@ -607,7 +615,7 @@ class _State(NamedTuple):
         """The forward that the calling thread means if it gives no number."""
         return self.of_this_thread() or self.known(what).forward
 
-    def numbered(self, call: Any, shape: tuple[int, ...]) -> _Forward:
+    def numbered(self, call: object, shape: tuple[int, ...]) -> _Forward:
         latest, own = self.known("backward"), self.of_this_thread()
         number = random.checked_int("call", call, 2**32)
         if not 1 <= number <= self.call:
@@ -642,7 +650,7 @@ def _settings_from(name: str, state: Mapping[str, Any]) -> _Settings:
     )
 
 
-def _checked_keys(name: str, state: Any, pattern: Mapping[str, Any]) -> Mapping[str, Any]:
+def _checked_keys(name: str, state: object, pattern: Mapping[str, object]) -> Mapping[str, Any]:
     if not isinstance(state, Mapping):
         raise TypeError(f"{name} must be a dict made by state_dict(), not {type(state).__name__}")
     missing, unknown = pattern.keys() - state.keys(), state.keys() - pattern.keys()
@@ -656,7 +664,7 @@ def _checked_keys(name: str, state: Any, pattern: Mapping[str, Any]) -> Mapping[
 # --- Checks of arguments --------------------------------------------------------------------------------
 
 
-def _checked_ratio(name: str, value: Any) -> float:
+def _checked_ratio(name: str, value: object) -> float:
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number in [0, 1], not {value!r} of type {type(value).__name__}")
     ratio = float(value)
@@ -665,7 +673,7 @@ def _checked_ratio(name: str, value: Any) -> float:
     return ratio
 
 
-def _checked_bool(name: str, value: Any) -> bool:
+def _checked_bool(name: str, value: object) -> bool:
     if not isinstance(value, (bool, np.bool_)):
         raise TypeError(f"{name} must be True or False, not {value!r} of type {type(value).__name__}")
     return bool(value)

@@ -12,13 +12,17 @@ import sys
 from collections.abc import Callable
 from importlib import import_module, metadata, util
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 import xpoptim as xo
 
 from . import one_line
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 CUPY = "pip install '.[cuda13]' or '.[cuda12]' in xpoptim's source folder, for the CUDA version of your driver"
 
@@ -106,7 +110,7 @@ def llvmlite_version() -> str:
     return f"{llvm.__version__} with LLVM {'.'.join(map(str, llvm.binding.llvm_version_info))}"
 
 
-def load_llvmlite() -> Any:
+def load_llvmlite() -> ModuleType:
     try:
         import_module("llvmlite.binding")
         return import_module("llvmlite")
@@ -114,7 +118,7 @@ def load_llvmlite() -> Any:
         raise ImportError(f"cannot be imported ({one_line(error)}); pip install --upgrade llvmlite") from error
 
 
-def load_cupy() -> Any:
+def load_cupy() -> ModuleType:
     try:
         return import_module("cupy")
     except ModuleNotFoundError:
@@ -132,7 +136,7 @@ def engines(cuda: Row) -> list[Row]:
     ]
 
 
-def step_on(xp: Any, engine: str) -> str:
+def step_on(xp: ModuleType, engine: str) -> str:
     """Make one step and check what comes out; nothing to say if it is right."""
     params = {"W": xp.ones(3, dtype="float32")}
     with xo.engine(engine):
@@ -217,7 +221,7 @@ def show_plain(sections: Sections) -> None:
         print()
 
 
-def show_rich(sections: Sections, console: Any) -> None:
+def show_rich(sections: Sections, console: Console) -> None:
     from rich.table import Table
     from rich.text import Text
 

@@ -7,13 +7,19 @@ The array namespace is an argument, so the same code runs on NumPy and on CuPy.
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any
+from types import ModuleType
+from typing import Protocol, TypeAlias
 
 import numpy as np
 
 import xpoptim as xo
 
-Array = Any  # a NumPy or a CuPy array
+Array: TypeAlias = np.ndarray  # or CuPy's, which has the same methods
+
+
+class Layer(Protocol):
+    def forward(self, x: Array, train_flg: bool) -> Array: ...
+    def backward(self, dout: Array) -> Array: ...
 
 
 class Affine:
@@ -50,7 +56,7 @@ class ReLU:
 class SoftmaxCrossEntropy:
     """Mean over a batch of ``-log softmax(scores)[label]``."""
 
-    def __init__(self, xp: Any) -> None:
+    def __init__(self, xp: ModuleType) -> None:
         self.xp = xp
 
     def forward(self, scores: Array, labels: Array) -> Array:
@@ -96,7 +102,7 @@ class Network:
     def __init__(
         self,
         sizes: tuple[int, ...],
-        xp: Any = np,
+        xp: ModuleType = np,
         *,
         seed: int = 0,
         dropout_ratio: float = 0.0,
@@ -104,7 +110,7 @@ class Network:
     ) -> None:
         self.params: dict[str, Array] = {}
         self.affines: list[Affine] = []
-        self.layers: list[Any] = []
+        self.layers: list[Layer] = []
         self.loss_layer = SoftmaxCrossEntropy(xp)
         rng = np.random.default_rng(seed)
         for number, (inputs, outputs) in enumerate(pairwise(sizes), start=1):

@@ -76,7 +76,7 @@ def surface(file: Path) -> None:
     with style():
         subtitle = "Steep across and almost flat along: the gradient hardly ever points to the minimum at (0, 0)."
         figure = titled(9, 7, "A valley: z = x²/20 + y²", subtitle)
-        axes: Any = figure.add_subplot(projection="3d")
+        axes = figure.add_subplot(projection="3d")
         x, y = np.meshgrid(np.linspace(-10, 10, 81), np.linspace(-5, 5, 81))
         z = height(x, y)
         floor = -16.0

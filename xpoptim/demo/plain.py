@@ -9,9 +9,16 @@ of NumPy's widens float32 arrays and slows this side down.
 from __future__ import annotations
 
 import math
-from typing import Any
+from types import ModuleType
+from typing import Protocol
 
-Arrays = dict[str, Any]
+import numpy as np
+
+Arrays = dict[str, np.ndarray]  # or CuPy's
+
+
+class Plain(Protocol):
+    def update(self, params: Arrays, grads: Arrays) -> None: ...
 
 
 class PlainSGD:
@@ -46,7 +53,7 @@ class PlainNesterov(PlainMomentum):
 
 
 class PlainAdaGrad:
-    def __init__(self, lr: float, xp: Any, eps: float = 1e-7) -> None:
+    def __init__(self, lr: float, xp: ModuleType, eps: float = 1e-7) -> None:
         self.lr, self.xp, self.eps = lr, xp, eps
         self.h: Arrays = {}
 
@@ -73,7 +80,7 @@ class PlainRMSprop(PlainAdaGrad):
 class PlainAdam:
     weight_decay = 0.0
 
-    def __init__(self, lr: float, xp: Any, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-7) -> None:
+    def __init__(self, lr: float, xp: ModuleType, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-7) -> None:
         self.lr, self.xp, self.beta1, self.beta2, self.eps = lr, xp, beta1, beta2, eps
         self.t = 0
         self.m: Arrays = {}

@@ -5,7 +5,9 @@ Saito, *Deep Learning from Scratch*, chapter 6, shows these four ways with these
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TypeVar
+
+import numpy as np
 
 import xpoptim as xo
 
@@ -13,7 +15,10 @@ START = (-7.0, 2.0)
 UPDATES = 30
 
 
-def height(x: Any, y: Any) -> Any:
+_T = TypeVar("_T", float, np.ndarray)
+
+
+def height(x: _T, y: _T) -> _T:
     """The valley, steep in y and almost flat in x; its lowest point is (0, 0)."""
     return x**2 / 20 + y**2
 
@@ -23,7 +28,7 @@ def slope(x: float, y: float) -> dict[str, float]:
     return {"x": x / 10, "y": 2 * y}
 
 
-def optimizers() -> dict[str, Any]:
+def optimizers() -> dict[str, xo.SGD | xo.Momentum | xo.AdaGrad | xo.Adam]:
     """The book's four, with its learning rates."""
     return {
         "SGD": xo.SGD(lr=0.95),
@@ -33,7 +38,7 @@ def optimizers() -> dict[str, Any]:
     }
 
 
-def path(optimizer: Any, updates: int = UPDATES) -> list[tuple[float, float]]:
+def path(optimizer: xo.Optimizer, updates: int = UPDATES) -> list[tuple[float, float]]:
     """The points visited from `START` on, `updates` + 1 of them.
 
     Examples

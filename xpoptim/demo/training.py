@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from statistics import median
 from time import perf_counter
-from typing import Any
+from types import ModuleType
+from typing import TypeVar, TypeVarTuple
 
 import numpy as np
 
@@ -16,6 +17,9 @@ import xpoptim as xo
 
 from . import DemoError, one_line, plain
 from .network import Array, Network
+
+_R = TypeVar("_R")
+_Ts = TypeVarTuple("_Ts")
 
 BATCH = 100
 TRAIN_IMAGES = 1437  # four fifths of the 1,797
@@ -35,7 +39,7 @@ class Backend:
     """An array namespace, and how to wait until its device has finished."""
 
     name: str
-    xp: Any
+    xp: ModuleType
     synchronize: Callable[[], None]
 
 
@@ -71,7 +75,7 @@ class Data:
     y_test: Array
 
 
-def load_digits(xp: Any, seed: int, train_images: int = TRAIN_IMAGES, wrong_labels: int = 0) -> Data:
+def load_digits(xp: ModuleType, seed: int, train_images: int = TRAIN_IMAGES, wrong_labels: int = 0) -> Data:
     """The 1,797 digits of scikit-learn in random order; the first `train_images` are for training.
 
     The first `wrong_labels` training images are given another digit's label; test labels stay right.
@@ -94,8 +98,8 @@ class Entry:
 
     name: str
     lr: float
-    make: Callable[[float], Any]
-    make_plain: Callable[[float, Any], Any]
+    make: Callable[[float], xo.Optimizer]
+    make_plain: Callable[[float, ModuleType], plain.Plain]
 
 
 # Learning rates that suit each optimizer on networks of about this size; the table shows them.
@@ -204,7 +208,7 @@ def compare(backend: Backend, entry: Entry, data: Data, seed: int, steps: int, o
     result.arrays, result.parameters = len(plain_params), sum(value.size for value in plain_params.values())
     measured = measured_steps(steps, logarithmic=True)
 
-    def timed(function: Callable[..., Any], *args: Any) -> tuple[float, Any]:
+    def timed(function: Callable[[*_Ts], _R], *args: *_Ts) -> tuple[float, _R]:
         synchronize()
         start = perf_counter()
         value = function(*args)

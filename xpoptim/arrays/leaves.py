@@ -9,9 +9,9 @@ from __future__ import annotations
 import numbers
 import operator
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, Generic, NamedTuple, NoReturn, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -19,22 +19,28 @@ from ..errors import habits
 from .dtypes import COMPLEX_DTYPES, REAL_DTYPES
 from .namespaces.libraries import NUMPY, Library
 from .namespaces.lookup import dtype_name, library_of
+from .types import Array
 
 _LONE = "param"
 _CONTAINERS = (dict, list, tuple)
+Container: TypeAlias = dict[Any, object] | list[object] | tuple[object, ...]
+_Entries: TypeAlias = Iterator[tuple[object, Any]]
+_T = TypeVar("_T")
+_A = TypeVar("_A", bound=Array)
+_UNRESOLVED: Any = None
 
 
 @dataclass(slots=True)
-class Leaf:
+class Leaf(Generic[_A]):
     """One parameter with its gradient and slots, on its way through a step."""
 
     key: str
     given: Any  # as it stands in the user's container
-    home: Any  # that container, or None for a lone array
-    index: Any  # its place there
-    p: Any = None  # the array to be updated: `given`, or a 0-d array made of a number
+    home: Container | None  # that container, or None for a lone array
+    index: object  # its place there
+    p: _A = _UNRESOLVED  # the array to be updated: `given`, or a 0-d array made of a number
     g: Any = None  # the gradient as an array, or None
-    slots: list[Any] = field(default_factory=list)
+    slots: list[_A] = field(default_factory=list)
     library: Library = NUMPY
     dtype: str = ""
     g_dtype: str = ""
@@ -54,7 +60,7 @@ class Leaf:
 # Containers
 
 
-def pairs(params: Any, grads: Any) -> list[Leaf]:
+def pairs(params: object, grads: object) -> list[Leaf]:
     """Walk ``params`` with ``grads`` beside it; every leaf once, in the containers' order.
 
     Raises ``ValueError`` for a missing gradient, lists of unequal length, two paths with one key, or a container that
@@ -74,7 +80,7 @@ def pairs(params: Any, grads: Any) -> list[Leaf]:
 ABSENT = object()  # in place of `grads` where there are none, as in `init`
 
 
-def _walk(params: Any, grads: Any) -> Iterator[Leaf]:
+def _walk(params: object, grads: Any) -> Iterator[Leaf]:
     """Depth first, and without recursion: containers may be nested deeper than Python lets calls be."""
     if not isinstance(params, _CONTAINERS):
         yield Leaf(_LONE, params, None, None, g=grads)
@@ -84,7 +90,7 @@ def _walk(params: Any, grads: Any) -> Iterator[Leaf]:
         raise wrong
     path: list[str] = []
     above = {id(params): 0}  # the containers along the path, and how deep they are
-    unfinished: list[tuple[Any, Any, Exception | None, Any]] = [(params, grads, None, _entries(params))]
+    unfinished: list[tuple[Container, Any, Exception | None, _Entries]] = [(params, grads, None, _entries(params))]
     while unfinished:
         home, beside, wrong, entries = unfinished[-1]
         for key, value in entries:
@@ -110,11 +116,11 @@ def _walk(params: Any, grads: Any) -> Iterator[Leaf]:
             del above[id(home)], path[-1:]
 
 
-def _entries(container: Any) -> Iterator[tuple[Any, Any]]:
+def _entries(container: Container) -> _Entries:
     return iter(container.items() if isinstance(container, dict) else enumerate(container))
 
 
-def _refuse_circle(container: Any, path: list[str], above: dict[int, int]) -> None:
+def _refuse_circle(container: Container, path: list[str], above: dict[int, int]) -> None:
     depth = above.get(id(container))
     if depth is not None:
         raise ValueError(
@@ -123,7 +129,7 @@ def _refuse_circle(container: Any, path: list[str], above: dict[int, int]) -> No
         )
 
 
-def _nested_otherwise(params: Any, grads: Any, path: list[str]) -> Exception | None:
+def _nested_otherwise(params: Container, grads: Any, path: list[str]) -> Exception | None:
     if grads is ABSENT:
         return None
     if not isinstance(grads, dict if isinstance(params, dict) else list | tuple):
@@ -139,7 +145,7 @@ def _nested_otherwise(params: Any, grads: Any, path: list[str]) -> Exception | N
     return None
 
 
-def _missing(grads: Any, key: Any, path: list[str]) -> Exception | None:
+def _missing(grads: object, key: object, path: list[str]) -> Exception | None:
     if grads is ABSENT or not isinstance(grads, dict) or key in grads:
         return None
     known = ", ".join(map(str, grads)) or "none"
@@ -154,18 +160,18 @@ def where(tree: str, path: list[str]) -> str:
     return f"{tree}[{'.'.join(path)!r}]" if path else tree
 
 
-def _kind(x: Any) -> str:
+def _kind(x: object) -> str:
     if x is None:
         return "None (which stands for the gradient of one array only)"
     name = type(x).__name__
     return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
 
-def rebuilt(params: Any, values: Iterator[Any]) -> Any:
+def rebuilt(params: _T, values: Iterator[object]) -> _T:
     """A container like ``params`` with the next value in the place of each leaf."""
     whole: list[Any] = []
     # Containers, what is left of their entries, and their new ones.
-    unfinished: list[tuple[Any, Iterator[Any], list[Any]]] = [(None, iter([params]), whole)]
+    unfinished: list[tuple[Any, Iterator[object], list[object]]] = [(None, iter([params]), whole)]
     while unfinished:
         container, entries, made = unfinished[-1]
         for value in entries:
@@ -180,7 +186,7 @@ def rebuilt(params: Any, values: Iterator[Any]) -> Any:
     return whole[0]
 
 
-def _like(container: Any, entries: list[Any]) -> Any:
+def _like(container: Any, entries: list[Any]) -> object:
     if isinstance(container, dict):
         copy = container.copy()
         for key, value in zip(container, entries, strict=True):
@@ -205,24 +211,24 @@ class _Nesting(NamedTuple):
     ``leaves`` takes the leaves out of the list, in their order. ``flat``: they are the entries of the only container.
     """
 
-    containers: list[tuple[int, list[Any] | None, int]]
-    leaves: Callable[[list[Any]], Any]
+    containers: list[tuple[int, list[object] | None, int]]
+    leaves: Callable[[list[object]], Iterable[object]]
     flat: bool
 
 
-def skeleton(params: Any) -> Skeleton:
+def skeleton(params: object) -> Skeleton:
     """How parameters are nested, and gradients have to be."""
     whole, bare = _nesting(params, {})
     return Skeleton(whole, _nesting(params, bare)[0] if bare else whole)
 
 
-def _nesting(tree: Any, without: dict[int, Any]) -> tuple[_Nesting, dict[int, Any]]:
+def _nesting(tree: object, without: dict[int, object]) -> tuple[_Nesting, dict[int, object]]:
     """How a container is nested, and those within it, by their `id`, that hold no leaf. ``without`` are left out."""
-    containers: list[tuple[int, list[Any] | None, int]] = []
+    containers: list[tuple[int, list[object] | None, int]] = []
     places: list[int] = []
-    bare: dict[int, Any] = {}
+    bare: dict[int, object] = {}
     length = 1
-    unfinished: list[tuple[Any, Iterator[tuple[int, Any]], int]] = [(None, iter([(0, tree)]), 0)]
+    unfinished: list[tuple[object, Iterator[tuple[int, object]], int]] = [(None, iter([(0, tree)]), 0)]
     above = set()  # a schedule can have made a circle of what was none: then it will not be met alike
     while unfinished:
         container, entries, before = unfinished[-1]
@@ -251,7 +257,7 @@ def _nesting(tree: Any, without: dict[int, Any]) -> tuple[_Nesting, dict[int, An
     return _Nesting(containers, taken, len(containers) == 1 and len(places) == length - 1), bare
 
 
-def gather(tree: Any, shape: Skeleton, leaves: list[Any], *, exact: bool = False) -> bool:
+def gather(tree: object, shape: Skeleton, leaves: list[Any], *, exact: bool = False) -> bool:
     """Append the leaves of a container nested in this way; False if it is not. ``exact``: in this way and no other."""
     nesting = shape.params if exact else shape.grads
     if not nesting.containers:
@@ -284,7 +290,7 @@ def gather(tree: Any, shape: Skeleton, leaves: list[Any], *, exact: bool = False
 # Arrays
 
 
-def _is_number(x: Any) -> bool:
+def _is_number(x: object) -> bool:
     return isinstance(x, numbers.Number) and not isinstance(x, np.generic)
 
 
@@ -317,7 +323,7 @@ def resolve_parameter(leaf: Leaf, *, writing: bool) -> None:
             raise ValueError(f"{name} is read-only and cannot be updated in place: pass a writable copy, or use apply")
 
 
-def _refuse_masked(name: str, given: Any) -> None:
+def _refuse_masked(name: str, given: object) -> None:
     masked = sys.modules.get("numpy.ma")  # NumPy loads it when it is first asked for: nobody has one before that
     if masked is not None and isinstance(given, masked.MaskedArray):
         raise TypeError(f"{name} is a masked array, whose mask an update would not heed: pass its .data")
@@ -382,7 +388,7 @@ def resolve_gradient(leaf: Leaf) -> None:
     leaf.g = library.plain(g)
 
 
-def _number_gradient(leaf: Leaf, g: Any, name: str) -> Any:
+def _number_gradient(leaf: Leaf, g: complex, name: str) -> Array:
     """A Python number as the gradient of a leaf without axes."""
     if isinstance(g, bool):
         raise TypeError(f"{name} is the bool {g}: a gradient is a float")
@@ -400,7 +406,7 @@ def replaced(leaf: Leaf) -> bool:
     return isinstance(leaf.given, float | np.generic) or not leaf.mutable
 
 
-def as_given(leaf: Leaf) -> Any:
+def as_given(leaf: Leaf) -> object:
     """The new value in the form that the user gave: a float for a float, a NumPy scalar for one, else the array.
 
     An array of a subclass of ndarray is wrapped again; what is computed from a memory map is a plain array.

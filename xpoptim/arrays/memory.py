@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from .namespaces.lookup import library_of
+from .types import Strided
 
 
-def dense_alike(arrays: list[Any]) -> bool:
+def dense_alike(arrays: Sequence[Strided]) -> bool:
     """Whether strided arrays fill their memory without gaps, and all in the same order.
 
     Axes of length 1 do not count. Then element i in memory is the same element in each.
@@ -31,7 +33,7 @@ def dense_alike(arrays: list[Any]) -> bool:
     return True
 
 
-def extent(x: Any) -> np.ndarray | None:
+def extent(x: object) -> np.ndarray | None:
     """An array whose memory can be compared with `overlap`; None where the library does not say where it lies."""
     library = library_of(x)
     return None if library is None else library.extent(x)
@@ -48,7 +50,7 @@ def overlap(a: np.ndarray, b: np.ndarray) -> bool:
         return True
 
 
-def overlaps_itself(x: Any) -> bool:
+def overlaps_itself(x: object) -> bool:
     """True unless the strides nest, as those of every slice, transpose or reshape of an ordinary array do."""
     place = extent(x)
     if place is None or not place.size:

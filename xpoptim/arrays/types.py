@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from types import EllipsisType
 from typing import Any, Protocol, Self, TypeAlias
 
+import numpy as np
+
 Index: TypeAlias = "int | slice | EllipsisType | tuple[int | slice | EllipsisType, ...]"
 Shape: TypeAlias = tuple[int, ...]
 DType: TypeAlias = object  # a library's own: to compare, and to hand to its functions
@@ -38,7 +40,7 @@ class Array(Protocol):
     def __ge__(self, other: Self | float, /) -> Any: ...  # an array of bools, which NumPy types as another class
 
 
-class Flags(Protocol):
+class _Flags(Protocol):
     @property
     def c_contiguous(self) -> bool: ...
     @property
@@ -49,7 +51,9 @@ class Strided(Array, Protocol):
     """An array whose layout is known: NumPy's and CuPy's."""
 
     @property
-    def flags(self) -> Flags: ...
+    def dtype(self) -> np.dtype: ...
+    @property
+    def flags(self) -> _Flags: ...
     @property
     def strides(self) -> Shape: ...
     @property
@@ -58,6 +62,28 @@ class Strided(Array, Protocol):
     def itemsize(self) -> int: ...
     @property
     def nbytes(self) -> int: ...
+
+
+class _Pointer(Protocol):
+    ptr: int
+    device_id: int
+
+
+class _GPU(Protocol):
+    id: int
+
+
+class CuPyArray(Strided, Protocol):
+    """CuPy's, which comes without types."""
+
+    @property
+    def data(self) -> _Pointer: ...
+    @property
+    def device(self) -> _GPU: ...
+    def astype(self, dtype: DType, *, copy: builtins.bool = True) -> CuPyArray: ...
+    def copy(self, order: str = "C") -> CuPyArray: ...
+    def get(self, stream: object = None, order: str = "C") -> np.ndarray: ...
+    def set(self, values: np.ndarray) -> None: ...
 
 
 class Namespace(Protocol):

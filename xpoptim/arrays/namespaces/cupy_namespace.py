@@ -7,8 +7,12 @@ array-api-compat's functions, or CuPy's own where that is not installed.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from types import ModuleType
 from typing import Any
+
+from ..types import CuPyArray, Device, DType, Shape
 
 # What every CuPy has as the standard does, as far as the package goes.
 _ELEMENTWISE = {"abs", "imag", "isfinite", "logical_and", "logical_not", "logical_or", "logical_xor", "real", "sqrt"}
@@ -27,7 +31,7 @@ def __getattr__(name: str) -> Any:
     return getattr(cupy if name in CUPYS_OWN else _whole(), name)
 
 
-def _whole() -> Any:
+def _whole() -> ModuleType:
     """The whole of the standard, if it can be had."""
     try:
         import array_api_compat.cupy
@@ -38,7 +42,7 @@ def _whole() -> Any:
     return array_api_compat.cupy
 
 
-def asarray(x: Any, /, *, dtype: Any = None, device: Any = None, copy: bool | None = None) -> Any:
+def asarray(x: object, /, *, dtype: DType = None, device: Device = None, copy: bool | None = None) -> CuPyArray:
     import cupy
 
     with _on(device):
@@ -48,52 +52,52 @@ def asarray(x: Any, /, *, dtype: Any = None, device: Any = None, copy: bool | No
     return made
 
 
-def astype(x: Any, dtype: Any, /, *, copy: bool = True) -> Any:
+def astype(x: CuPyArray, dtype: DType, /, *, copy: bool = True) -> CuPyArray:
     return x.astype(dtype, copy=copy)
 
 
-def concat(arrays: Any, /, *, axis: int | None = 0) -> Any:
+def concat(arrays: Sequence[CuPyArray], /, *, axis: int | None = 0) -> CuPyArray:
     import cupy
 
     return cupy.concatenate(arrays, axis)
 
 
-def arange(start: Any, /, stop: Any = None, step: Any = 1, *, dtype: Any = None, device: Any = None) -> Any:
+def arange(start: int, /, stop: int | None = None, step: int = 1, *, dtype: DType = None, device: Device = None) -> Any:
     return _made("arange", device, start, stop, step, dtype)
 
 
-def empty(shape: Any, *, dtype: Any = float, device: Any = None) -> Any:
+def empty(shape: int | Shape, *, dtype: DType = float, device: Device = None) -> CuPyArray:
     return _made("empty", device, shape, dtype)
 
 
-def zeros(shape: Any, *, dtype: Any = float, device: Any = None) -> Any:
+def zeros(shape: int | Shape, *, dtype: DType = float, device: Device = None) -> CuPyArray:
     return _made("zeros", device, shape, dtype)
 
 
-def full(shape: Any, value: Any, *, dtype: Any = None, device: Any = None) -> Any:
+def full(shape: int | Shape, value: complex, *, dtype: DType = None, device: Device = None) -> CuPyArray:
     return _made("full", device, shape, value, dtype)
 
 
-def empty_like(x: Any, /, *, dtype: Any = None, device: Any = None) -> Any:
+def empty_like(x: CuPyArray, /, *, dtype: DType = None, device: Device = None) -> CuPyArray:
     return _made("empty_like", device, x, dtype)
 
 
-def zeros_like(x: Any, /, *, dtype: Any = None, device: Any = None) -> Any:
+def zeros_like(x: CuPyArray, /, *, dtype: DType = None, device: Device = None) -> CuPyArray:
     return _made("zeros_like", device, x, dtype)
 
 
-def full_like(x: Any, /, value: Any, *, dtype: Any = None, device: Any = None) -> Any:
+def full_like(x: CuPyArray, /, value: complex, *, dtype: DType = None, device: Device = None) -> CuPyArray:
     return _made("full_like", device, x, value, dtype)
 
 
-def _made(name: str, device: Any, *arguments: Any) -> Any:
+def _made(name: str, device: Device, *arguments: object) -> Any:
     import cupy
 
     with _on(device):
         return getattr(cupy, name)(*arguments)
 
 
-def _on(device: Any) -> AbstractContextManager[Any]:
+def _on(device: Device) -> AbstractContextManager[object]:
     """A block on a device, or on the current one for None."""
     import cupy
 

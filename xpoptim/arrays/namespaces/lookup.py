@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from ..types import Namespace
-from .libraries import CUPY, NUMPY, NUMPY_NAMESPACE, Library, compat, other
+from ..types import Array, Device, Namespace
+from .libraries import CUPY, CUPY_NAMESPACE, NUMPY, NUMPY_NAMESPACE, Library, compat, other
 
 _numpy_name = lru_cache(maxsize=256)(lambda dtype: dtype.name)  # NumPy takes a microsecond to spell it
 
 
-def library_of(x: Any) -> Library | None:
+def library_of(x: object) -> Library | None:
     """The library of an array, or None if ``x`` is no array."""
     if isinstance(x, np.ndarray | np.generic):
         return NUMPY
@@ -41,7 +41,7 @@ def library_behind(xp: object) -> Library:
     return {"numpy": NUMPY, "cupy": CUPY}.get(short) or other(short)
 
 
-def library_with(x: Any) -> Library:
+def library_with(x: object) -> Library:
     """The library of what is known to be an array."""
     library = library_of(x)
     if library is None:
@@ -54,18 +54,18 @@ def namespace(x: object) -> Namespace:
     return library_with(x).namespace(x)
 
 
-def device_of(x: Any) -> Any:
+def device_of(x: Array) -> Device:
     """Where an array lies: something to compare, and to hand to its namespace's functions."""
     return library_with(x).device(x)
 
 
-def beside(x: Any) -> AbstractContextManager[Any]:
+def beside(x: Array) -> AbstractContextManager[object]:
     """A block in which a library that computes on a current device does so on the array's own."""
     library = library_with(x)
     return library.on(library.device(x))
 
 
-def dtype_name(array: Any) -> str:
+def dtype_name(array: Array) -> str:
     """The dtype as NumPy spells it, whatever the namespace."""
     dtype = array.dtype
     if isinstance(dtype, np.dtype):  # NumPy, CuPy, JAX
@@ -78,5 +78,5 @@ def standard(xp: Any) -> Namespace:
     if xp is None or xp is np:
         return NUMPY_NAMESPACE
     if library_behind(xp) is CUPY:
-        return CUPY.namespace(None)
+        return CUPY_NAMESPACE
     return namespace(xp.empty(0))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from .arrays.dtypes import COMPLEX_DTYPES, REAL_DTYPES
 from .errors import habits
@@ -23,6 +23,9 @@ from .step.state import (
 )
 from .step.stepper import Stepper, initial_slots
 from .sync.guard import Guard, exclusive
+from .trace.program import Program
+
+_P = TypeVar("_P")
 
 
 class Optimizer(Declaration, options=True):
@@ -108,7 +111,7 @@ class Optimizer(Declaration, options=True):
     _stepper: Stepper
     _guard: Guard
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+    def __new__(cls, *args: object, **kwargs: object) -> Self:
         new = super().__new__(cls)
         object.__setattr__(new, "_stepper", Stepper())
         object.__setattr__(new, "_guard", Guard())
@@ -164,7 +167,7 @@ class Optimizer(Declaration, options=True):
             stepper.release()
 
     @exclusive
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         """For pickles. CuPy's slots are in them as NumPy arrays: they go to the GPU of their parameters again."""
         return self._settings() | {"_known": self._stepper.known, "_state": self._stepper.copied(on_host)}
 
@@ -177,7 +180,7 @@ class Optimizer(Declaration, options=True):
         for name, value in settings.items():
             object.__setattr__(self, name, value)
 
-    def _settings(self) -> dict[str, Any]:
+    def _settings(self) -> dict[str, object]:
         return {name: getattr(self, name) for name in (*self._fields, *self._options)}
 
     @exclusive
@@ -186,10 +189,10 @@ class Optimizer(Declaration, options=True):
         return self._copied(self._settings())
 
     @exclusive
-    def __deepcopy__(self, memo: dict[int, Any]) -> Optimizer:
+    def __deepcopy__(self, memo: dict[int, object]) -> Optimizer:
         return self._copied(copy.deepcopy(self._settings(), memo), memo)
 
-    def _copied(self, settings: dict[str, Any], memo: dict[int, Any] | None = None) -> Optimizer:
+    def _copied(self, settings: dict[str, object], memo: dict[int, object] | None = None) -> Optimizer:
         new = type(self).__new__(type(self))
         if memo is not None:
             memo[id(self)] = new
@@ -200,7 +203,7 @@ class Optimizer(Declaration, options=True):
     # Stepping
 
     @exclusive
-    def update(self, params: Any, grads: Any) -> None:
+    def update(self, params: object, grads: object) -> None:
         """Update ``params`` in place by one step.
 
         Parameters
@@ -231,7 +234,7 @@ class Optimizer(Declaration, options=True):
         """
         self._stepper.update(self, params, grads)
 
-    def init(self, params: Any) -> State:
+    def init(self, params: object) -> State:
         """A fresh state for ``params``, which it leaves alone.
 
         >>> import numpy as np, xpoptim as xo
@@ -241,7 +244,7 @@ class Optimizer(Declaration, options=True):
         return {"step": 0, "slots": initial_slots(self, params)}
 
     @exclusive
-    def apply(self, params: Any, grads: Any, state: State) -> tuple[Any, State]:
+    def apply(self, params: _P, grads: object, state: Mapping[str, object]) -> tuple[_P, State]:
         """One step without side effects: new parameters and a new state; the arguments stay as they are.
 
         It works on containers of immutable leaves too (tuples, JAX arrays, floats, read-only arrays). A leaf keeps its
@@ -342,7 +345,7 @@ class Optimizer(Declaration, options=True):
     # -----------------------------------------------------------------------------------------------------------------
     # Looking inside
 
-    def explain(self, params: Any, grads: Any = None) -> Report:
+    def explain(self, params: object, grads: object = None) -> Report:
         """Which engine would serve each leaf in `update`, and why. Changes nothing.
 
         >>> import numpy as np, xpoptim as xo
@@ -375,7 +378,7 @@ class Optimizer(Declaration, options=True):
         from .codegen.cuda import elementwise as cuda
         from .codegen.llvm import elementwise as llvm
 
-        writers: dict[str, Callable[[Any], str]] = {"graph": str, "llvm": llvm.assembly, "cuda": cuda.source}
+        writers: dict[str, Callable[[Program], str]] = {"graph": str, "llvm": llvm.assembly, "cuda": cuda.source}
         if kind not in writers:
             raise ValueError(f"source takes {', '.join(map(repr, writers))}, not {kind!r}")
         for given in (dtype, grad_dtype or dtype):

@@ -156,7 +156,7 @@ def by_kernel(operand: Operand, kernel: blocks.Kernel, scale: float, words: list
     """The kernel over a whole array; what does not lie in C order goes through a copy that does."""
     xp, x, out = operand.xp, operand.x, operand.out
     if x.flags.c_contiguous and (out is None or _one_pass(x, out)):
-        y = xp.empty_like(x) if out is None else out
+        y: Any = xp.empty_like(x) if out is None else out
         kernel.run(x, y, [scale], words)
         return y
     y = xp.empty(x.shape, dtype=x.dtype)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 
 from ..arrays.leaves import Leaf
+from ..arrays.types import Array
 from ..recipe.recipe import Recipe, Traced
 from ..trace.program import BlockProgram
 
-Array: TypeAlias = Any  # of any library: the Array API has no type for it
-Columns: TypeAlias = list[list[Array]]  # parameters, gradients, then each slot: one entry a leaf, in the leaves' order
+# Parameters, gradients, then each slot: one entry a leaf, in the leaves' order. What stands there may be no array.
+Columns: TypeAlias = list[list[Any]]
+_A = TypeVar("_A", bound=Array, contravariant=True)
 
 
 class Made(Protocol):
@@ -35,7 +37,7 @@ class Watch(Protocol):
 class Direct(Protocol):
     """A watch and the only pass of a plan in one call, over containers that need no walk."""
 
-    def run(self, inputs: Sequence[float], containers: tuple[Any, ...], made: Made) -> bool:
+    def run(self, inputs: Sequence[float], containers: tuple[object, ...], made: Made) -> bool:
         """Run the pass unless anything may have changed; whether it was run."""
 
 
@@ -65,7 +67,7 @@ class Plan(Protocol):
     def sums(self) -> Mapping[str, float]:
         """What the pass before summed up, by the leaves' keys. Waits for it."""
 
-    def watch(self, columns: Columns, keys: list[list[Any]], copied: Iterable[int]) -> Watch | None:
+    def watch(self, columns: Columns, keys: list[list[object]], copied: Iterable[int]) -> Watch | None:
         """A watch over the arrays as they are; None if they must be checked in full before each step.
 
         ``keys`` are the arrays' keys in their containers. ``copied`` are the leaves of whose gradient the plan reads a
@@ -130,12 +132,12 @@ class Engine(Protocol):
         """Compile and lay out. ``alone``: no other plan takes part in the step. Without a keeper nothing is kept."""
 
 
-class BlockKernel(Protocol):
-    def __call__(self, x: Array, y: Array, numbers: int, scalars: np.ndarray, words: np.ndarray) -> None:
+class BlockKernel(Protocol[_A]):
+    def __call__(self, x: _A, y: _A, numbers: int, scalars: np.ndarray, words: np.ndarray) -> None:
         """Fill ``y`` from ``x``, both in C order: in the same memory, or in two that do not overlap."""
 
 
-class KernelEngine(Engine, Protocol):
+class KernelEngine(Engine, Protocol[_A]):
     """Has kernels for the arrays of one library. It is `ENGINE` in the module ``engine`` of its folder."""
 
     def obstacle(self, leaf: Leaf) -> str:
@@ -147,10 +149,10 @@ class KernelEngine(Engine, Protocol):
     def staged(self, leaf: Leaf) -> Leaf:
         """The leaf with dense copies in the place of what no kernel can work on."""
 
-    def copy(self, to: Array, source: Array) -> None:
+    def copy(self, to: _A, source: _A) -> None:
         """The values of an array into one of the same shape and dtype."""
 
-    def block_obstacle(self, x: Array, dtype: str) -> str:
+    def block_obstacle(self, x: _A, dtype: str) -> str:
         """Why no block kernel can serve an array, or an empty string."""
 
     def block_kernel(self, program: BlockProgram) -> BlockKernel:

@@ -7,9 +7,10 @@ from functools import lru_cache
 import numpy as np
 
 from ..arrays.namespaces.lookup import library_with
+from ..arrays.types import Array, Strided
 from ..trace.program import BlockProgram
 from ..trace.scalars import evaluate
-from .base import Array, BlockKernel, KernelEngine
+from .base import BlockKernel, KernelEngine
 from .registry import kernels_for
 
 
@@ -38,7 +39,7 @@ class Kernel:
         self.program = program
         self._kernels: dict[str, BlockKernel] = {}
 
-    def run(self, x: Array, y: Array, inputs: list[float], words: list[int]) -> None:
+    def run(self, x: Strided, y: Strided, inputs: list[float], words: list[int]) -> None:
         """Fill ``y`` from ``x``, both in C order: in the same memory, or in two that do not overlap.
 
         On a GPU it has to be the current one, and the work is done on the current stream.

@@ -82,7 +82,7 @@ class Plan:
     def sums(self) -> dict[str, float]:
         return self._sums
 
-    def watch(self, columns: Columns, keys: list[list[Any]], copied: Iterable[int]) -> None:
+    def watch(self, columns: Columns, keys: list[list[object]], copied: Iterable[int]) -> None:
         return None
 
     def direct(self, watch: object, container: type) -> None:

@@ -14,8 +14,9 @@ import numpy as np
 
 from ..arrays.leaves import Leaf, Skeleton, gather, replaced, skeleton
 from ..arrays.memory import dense_alike
+from ..arrays.types import Array
 from ..engines import blocks
-from ..engines.base import Array, Columns, Direct, Engine, Keeper, Made, Plan, Watch
+from ..engines.base import Columns, Direct, Engine, Keeper, Made, Plan, Watch
 from ..engines.choose import selected
 from ..engines.sharing import shares
 from ..recipe.recipe import Traced
@@ -73,7 +74,7 @@ class Prepared:
             sums |= plan.sums()
         return [*inputs, finite_norm(self._names, sums)]
 
-    def run(self, made: Made, inputs: Sequence[float], numbers_to: Any = None) -> None:
+    def run(self, made: Made, inputs: Sequence[float], numbers_to: object = None) -> None:
         """Write parameters and slots; numbers are replaced in their containers, or in ``numbers_to``."""
         replacing = self._replacing(numbers_to) if self._numbers else ()
         if not self._plans:
@@ -96,7 +97,7 @@ class Prepared:
 
     # Again
 
-    def watch(self, params: Any, slots: dict[str, dict[str, Array]]) -> bool:
+    def watch(self, params: object, slots: dict[str, dict[str, Array]]) -> bool:
         """Remember what must not change for the step to be run again. False if it cannot be.
 
         The gradients are let go.
@@ -137,7 +138,7 @@ class Prepared:
             and dense_alike([leaf.g])
         }
 
-    def again(self, made: Made, inputs: list[float], params: Any, grads: Any, slots: Any) -> bool:
+    def again(self, made: Made, inputs: list[float], params: object, grads: object, slots: Any) -> bool:
         """The whole step, if nothing has changed that matters; whether it was made."""
         look = self._look
         if look is None or type(slots) is not dict or self._engine != selected():
@@ -181,7 +182,7 @@ class _Look:
         self._slots, self._keys, self._shape, self._watch, self.direct = slots, keys, shape, watch, direct
         self._copies, self._numbers = copies, numbers
 
-    def columns(self, params: Any, grads: Any, slots: Any) -> Columns | None:
+    def columns(self, params: object, grads: object, slots: Any) -> Columns | None:
         """Parameters, gradients and slots as lists, if the containers are nested as they were; None otherwise.
 
         The lists are ours: whoever changes a container meanwhile does not free arrays that a kernel works on.
@@ -228,7 +229,7 @@ class _Number:
     def __init__(self, place: int, leaf: Leaf) -> None:
         self.place, self.home, self.index, self.p, self._kind = place, leaf.home, leaf.index, leaf.p, type(leaf.given)
         self._leaf: Leaf | None = leaf
-        self.read: Callable[[], Any] = partial(getattr, leaf, "p")
+        self.read: Callable[[], object] = partial(getattr, leaf, "p")
         if issubclass(self._kind, np.generic):
             self.read = partial(self.p.__getitem__, ())
         elif issubclass(self._kind, float):
@@ -243,7 +244,7 @@ class _Number:
         self._leaf = self.home = None
         return self
 
-    def load(self, p: Any, g: Any) -> np.ndarray | None:
+    def load(self, p: object, g: Any) -> np.ndarray | None:
         """Take both values in; the gradient as an array. ``TypeError``: they are of another kind now."""
         if type(p) is not self._kind:
             raise TypeError

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypedDict, cast
 
 import numpy as np
 
 from ..arrays.dtypes import slot_dtype
 from ..arrays.leaves import Leaf
 from ..arrays.namespaces.lookup import beside, dtype_name, library_with
+from ..arrays.types import Array, Shape
 
-State = dict[str, Any]
-Slots = Mapping[str, Any]  # names of slots with their start: a number, or a function of the parameter
-SlotArrays = dict[str, dict[str, Any]]  # by the slots' names and the parameters' keys
+Slots = Mapping[str, object]  # names of slots with their start: a number, or a function of the parameter
+SlotArrays = dict[str, dict[str, Any]]  # by the slots' names and the parameters' keys: arrays of the user's library
+_Known = tuple[str | None, Shape, str, str | None]  # namespace, shape, dtype, device; None if that is not known
+Signature = dict[str, _Known]
 
 
-Signature = dict[str, tuple[Any, ...]]  # key: namespace, shape, dtype, device
+class State(TypedDict):
+    """``step`` counts the applied updates. There are no slots before the first."""
+
+    step: int
+    slots: SlotArrays
 
 
 def signature(leaves: list[Leaf]) -> Signature:
@@ -28,7 +34,7 @@ def signature(leaves: list[Leaf]) -> Signature:
     }
 
 
-def recorded_signature(known: Signature | None) -> dict[str, list[Any]] | None:
+def recorded_signature(known: Signature | None) -> dict[str, list[object]] | None:
     """What a state dict tells of the parameters: shapes and dtypes, but neither namespace nor device."""
     return None if known is None else {key: [list(shape), dtype] for key, (_, shape, dtype, _) in known.items()}
 
@@ -58,7 +64,7 @@ def check_same_parameters(old: Signature, new: Signature) -> None:
             )
 
 
-def _listed(keys: Any) -> str:
+def _listed(keys: Iterable[object]) -> str:
     return ", ".join(sorted(map(str, keys))) or "none"
 
 
@@ -69,7 +75,7 @@ def public_name(cls: type) -> str:
     return f"{package if ours else cls.__module__}.{cls.__qualname__}"
 
 
-def check_class(cls: type, given: Any) -> None:
+def check_class(cls: type, given: object) -> None:
     """The class that a state dict names must be this one; a name without a module is compared with the class's own."""
     if not isinstance(given, str):
         raise ValueError(
@@ -116,7 +122,7 @@ def check_signature(owner: str, known: Signature | None, leaves: list[Leaf]) -> 
     )
 
 
-def _alike(now: tuple[Any, ...], known: tuple[Any, ...]) -> bool:
+def _alike(now: _Known, known: _Known) -> bool:
     return all(old in (None, new) for old, new in zip(known, now, strict=True))
 
 
@@ -149,13 +155,13 @@ def slots_for(
     return slots
 
 
-def _started(start: Any, leaf: Leaf, name: str) -> Any:
+def _started(start: object, leaf: Leaf, name: str) -> Array:
     """A slot's first value, in the slot's dtype and the parameter's shape, layout and device."""
     with beside(leaf.p):
         return _start_value(start, leaf, name)
 
 
-def _start_value(start: Any, leaf: Leaf, name: str) -> Any:
+def _start_value(start: Any, leaf: Leaf, name: str) -> Array:
     xp = leaf.library.namespace(leaf.p)
     value = start(leaf.p) if callable(start) else start
     zeros = leaf.library.zeros_like(leaf.p, slot_dtype(leaf.dtype))
@@ -177,7 +183,7 @@ def _start_value(start: Any, leaf: Leaf, name: str) -> Any:
     return zeros
 
 
-def _check_known(owner: str, leaves: list[Leaf], slots: dict[str, dict[str, Any]], names: tuple[str, ...]) -> None:
+def _check_known(owner: str, leaves: list[Leaf], slots: SlotArrays, names: tuple[str, ...]) -> None:
     """The set of keys is fixed by the first step."""
     for name in names:
         _check_keys(owner, {leaf.key for leaf in leaves}, set(slots.get(name, ())))
@@ -193,7 +199,7 @@ def _check_keys(owner: str, keys: set[str], known: set[str]) -> None:
         )
 
 
-def _fitting(slot: Any, leaf: Leaf, name: str) -> Any:
+def _fitting(slot: Any, leaf: Leaf, name: str) -> Array:
     """The slot as an array beside its parameter, if it fits."""
     place = f"slot {name!r} of {leaf.named('params')}"
     if not hasattr(slot, "shape"):
@@ -222,7 +228,7 @@ def _fitting(slot: Any, leaf: Leaf, name: str) -> Any:
     )
 
 
-def plain_state(name: str, slots: tuple[str, ...], state: Any) -> State:
+def plain_state(name: str, slots: tuple[str, ...], state: object) -> State:
     """A state as it should be, or a clear error."""
     if not isinstance(state, Mapping) or "step" not in state or "slots" not in state:
         raise ValueError(f"{name}: this is no optimizer state: it needs the entries 'step' and 'slots' (see init)")
@@ -244,27 +250,28 @@ def plain_state(name: str, slots: tuple[str, ...], state: Any) -> State:
 
 
 def copied_state(state: State) -> State:
-    return copy.deepcopy({k: v for k, v in state.items() if k != "slots"}) | _with_each_slot(_copied, state)
+    others = {k: v for k, v in state.items() if k != "slots"}
+    return cast(State, copy.deepcopy(others) | {"slots": _with_each_slot(_copied, state)})
 
 
 def on_host(state: State) -> State:
     """The state with NumPy arrays in the place of CuPy's, which a pickle would forget the GPU of."""
-    return state | _with_each_slot(_on_host, state)
+    return {**state, "slots": _with_each_slot(_on_host, state)}
 
 
-def _on_host(slot: Any) -> Any:
+def _on_host(slot: Array) -> Array:
     return library_with(slot).portable(slot)
 
 
-def _copied(slot: Any) -> Any:
+def _copied(slot: Array) -> Array:
     return library_with(slot).copied(slot)
 
 
-def _with_each_slot(function: Callable[[Any], Any], state: State) -> State:
-    return {"slots": {name: {key: function(a) for key, a in slots.items()} for name, slots in state["slots"].items()}}
+def _with_each_slot(function: Callable[[Array], Array], state: State) -> SlotArrays:
+    return {name: {key: function(a) for key, a in slots.items()} for name, slots in state["slots"].items()}
 
 
-def check_same(old: dict[str, dict[str, Any]], new: dict[str, dict[str, Any]]) -> None:
+def check_same(old: SlotArrays, new: SlotArrays) -> None:
     """Two sets of slots must have the same keys, shapes and dtypes."""
     for name in old:
         if set(old[name]) != set(new.get(name, ())):

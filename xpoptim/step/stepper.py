@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from ctypes import c_int64
-from typing import Any, TypeVar
+from typing import TypeVar, TypeVarTuple
 
 from ..arrays.leaves import ABSENT, Leaf, as_given, pairs, rebuilt
 from ..arrays.namespaces.lookup import library_with
-from ..engines.base import Array, Engine, Keeper, Made
+from ..arrays.types import Array
+from ..engines.base import Engine, Keeper, Made
 from ..engines.registry import kernels_for
 from ..engines.sharing import served
 from ..recipe.declaration import Declaration
@@ -32,6 +33,8 @@ from .state import (
 )
 
 _R = TypeVar("_R")
+_T = TypeVar("_T")
+_Ts = TypeVarTuple("_Ts")
 
 
 class Stepper:
@@ -47,7 +50,7 @@ class Stepper:
 
     # Stepping. The user's code runs first: schedules, rules, starts of slots. The arrays are looked at after it.
 
-    def update(self, settings: Declaration, params: Any, grads: Any) -> None:
+    def update(self, settings: Declaration, params: object, grads: object) -> None:
         """A step in place: the last one again, or else one that is prepared."""
         state, made = self.state, c_int64()
         recipe, inputs = settings._scalars(checked_step(state))
@@ -78,7 +81,7 @@ class Stepper:
                     state["slots"] = before
         self._prepared = prepared if prepared.watch(params, slots) else None
 
-    def apply(self, settings: Declaration, params: Any, grads: Any, state: State) -> tuple[Any, State]:
+    def apply(self, settings: Declaration, params: _T, grads: object, state: Mapping[str, object]) -> tuple[_T, State]:
         """A step on copies: new parameters and a new state."""
         state = copied_state(plain_state(type(settings).__name__, settings._slot_names(), state))
         recipe, inputs = settings._scalars(state["step"])
@@ -94,7 +97,7 @@ class Stepper:
         state["step"] += 1
         return rebuilt(params, iter([as_given(leaf) for leaf in leaves])), state
 
-    def explain(self, settings: Declaration, params: Any, grads: Any) -> Report:
+    def explain(self, settings: Declaration, params: object, grads: object) -> Report:
         leaves = resolve(pairs(params, ABSENT if grads is None else grads), writing=True)
         check_signature(type(settings).__name__, self.known, leaves)
         slots_for(type(settings).__name__, settings._slot_starts(), leaves, self.state)
@@ -108,7 +111,7 @@ class Stepper:
         """The traced recipe: that of the steps before, unless what changes the program was assigned since."""
         return self._traced if self._traced is not None and self._traced.recipe == recipe else Traced(recipe)
 
-    def _counted(self, made: Made, run: Callable[..., _R], *arguments: Any) -> _R:
+    def _counted(self, made: Made, run: Callable[[Made, *_Ts], _R], *arguments: *_Ts) -> _R:
         """``run(made, *arguments)``, and the step is counted if it was made.
 
         It is counted first: Ctrl-C during the kernels takes effect after them, and must find the step counted.
@@ -226,14 +229,14 @@ class Stepper:
             keeper.end(devices)
 
 
-def _started(settings: Declaration, params: Any, state: State) -> SlotArrays | None:
+def _started(settings: Declaration, params: object, state: State) -> SlotArrays | None:
     """The slots before the first step, if functions of the user's start some."""
     if state["slots"] or state["step"] or not any(map(callable, settings._slot_starts().values())):
         return None
     return initial_slots(settings, params)
 
 
-def initial_slots(settings: Declaration, params: Any) -> SlotArrays:
+def initial_slots(settings: Declaration, params: object) -> SlotArrays:
     """The slots of parameters before the first step."""
     leaves = resolve(pairs(params, ABSENT), writing=None)
     return fresh_slots(settings._slot_starts(), leaves)
@@ -247,5 +250,5 @@ def _keep_immutable(recipe: Recipe, leaves: list[Leaf], slots: SlotArrays) -> No
                 slots[name][leaf.key] = leaf.slots[k]
 
 
-def _arrays(state: Mapping[str, Any]) -> list[Array]:
+def _arrays(state: State) -> list[Array]:
     return [slot for arrays in state["slots"].values() for slot in arrays.values()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from ctypes import c_int64
 from typing import Any, Protocol, TypeAlias, TypeVar
 
 import numpy as np
@@ -15,13 +16,8 @@ from ..trace.program import BlockProgram
 
 # Parameters, gradients, then each slot: one entry a leaf, in the leaves' order. What stands there may be no array.
 Columns: TypeAlias = list[list[Any]]
+Made: TypeAlias = c_int64  # becomes 1 with the step, for a caller that is interrupted before it is told
 _A = TypeVar("_A", bound=Array, contravariant=True)
-
-
-class Made(Protocol):
-    """A ``c_int64`` that becomes 1 with the step, for a caller that is interrupted before it is told."""
-
-    value: int
 
 
 class Watch(Protocol):

@@ -6,13 +6,14 @@ It defines what the fused engines must give. Each array operation makes a new ar
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import TypeAlias, TypeVar
 
 import numpy as np
 
 from ..arrays.dtypes import COMPLEX_DTYPES, PART, compute_dtype
 from ..arrays.leaves import Leaf
 from ..arrays.namespaces.lookup import beside, device_of, dtype_name, namespace
+from ..arrays.types import Array, Device, DType, Namespace
 from ..recipe.recipe import Recipe, Traced
 from ..trace.language import Functions, Value
 from ..trace.ops import BOOL, TABLE, Op, Type
@@ -22,27 +23,28 @@ from ..trace.sums import chunk_sums, fold
 from .base import Columns, Engine, Keeper, Made
 
 _R = TypeVar("_R")
+_Raw: TypeAlias = Array | np.float64 | np.bool_ | int
 
 
 class Eager:
     """The backend of plain rules, which carries out at once: scalars in float64 on the host, arrays where they are."""
 
-    def __init__(self, rule: str, xp: Any, dtype: Any, device: Any) -> None:
+    def __init__(self, rule: str, xp: Namespace, dtype: DType, device: Device) -> None:
         self.rule, self.xp, self.dtype, self.device = rule, xp, dtype, device
 
-    def constant(self, value: float | bool) -> Any:
+    def constant(self, value: float | bool) -> _Raw:
         return np.bool_(value) if isinstance(value, bool) else np.float64(value)
 
-    def word(self, value: int) -> Any:
+    def word(self, value: int) -> _Raw:
         return value
 
-    def scalar_op(self, op: Op, args: list[Any]) -> Any:
+    def scalar_op(self, op: Op, args: list[_Raw]) -> _Raw:
         return op.array(np, *args)[()]  # np.where makes an array of a scalar
 
-    def array_op(self, op: Op, args: list[Any]) -> Any:
+    def array_op(self, op: Op, args: list[_Raw]) -> _Raw:
         return op.array(self.xp, *args)
 
-    def spread(self, scalar: Any, type: Type) -> Any:
+    def spread(self, scalar: _Raw, type: Type) -> Array:
         if type is BOOL:
             return self.xp.asarray(bool(scalar), device=self.device)
         return self.xp.asarray(float(scalar), dtype=self.dtype, device=self.device)
@@ -100,7 +102,7 @@ class _Reference:
 ENGINE: Engine = _Reference()
 
 
-def _computed(traced: Traced, leaf: Leaf, inputs: Sequence[float]) -> list[Any]:
+def _computed(traced: Traced, leaf: Leaf, inputs: Sequence[float]) -> list[Array]:
     """The leaf's new parameter and slots, in the compute dtype."""
     xp, recipe = namespace(leaf.p), traced.recipe
     program = traced.programs(leaf.dtype, leaf.g_dtype).get("update")
@@ -112,7 +114,7 @@ def _computed(traced: Traced, leaf: Leaf, inputs: Sequence[float]) -> list[Any]:
         return [_joined([part[i] for part in parts], leaf) for i in range(1 + len(leaf.slots))]
 
 
-def _write(leaf: Leaf, new: list[Any]) -> None:
+def _write(leaf: Leaf, new: list[Array]) -> None:
     """Write what was computed, or put new arrays in the place of immutable ones."""
     xp = namespace(leaf.p)
     with np.errstate(all="ignore"):
@@ -120,7 +122,7 @@ def _write(leaf: Leaf, new: list[Any]) -> None:
         leaf.slots = [_put(xp, old, value, leaf.mutable) for old, value in zip(leaf.slots, new[1:], strict=True)]
 
 
-def _stored(program: Program, xp: Any, arrays: list[Any], inputs: Sequence[float]) -> list[Any]:
+def _stored(program: Program, xp: Namespace, arrays: list[Array], inputs: Sequence[float]) -> list[Array]:
     """What a program stores, for one real array with its gradient and slots, in the compute dtype."""
     known = _carried_out(program, xp, arrays, inputs, [node for _, node in program.stores])
     outputs = []
@@ -133,14 +135,14 @@ def _stored(program: Program, xp: Any, arrays: list[Any], inputs: Sequence[float
 
 
 def _carried_out(
-    program: Program, xp: Any, arrays: list[Any], inputs: Sequence[float], wanted: list[int]
-) -> dict[int, Any]:
+    program: Program, xp: Namespace, arrays: list[Array], inputs: Sequence[float], wanted: list[int]
+) -> dict[int, Array]:
     """The wanted nodes of a program as arrays: one operation after the other, each array dropped after its last use."""
     compute, device = getattr(xp, program.compute), device_of(arrays[0])
     scalars = dict(zip(program.scalars, evaluate(program, inputs), strict=True))
     steps = program.steps(scalar=False)
     last = {operand: number for number, node in steps for operand in node.args}
-    known: dict[int, Any] = {}
+    known: dict[int, Array] = {}
     for number, node in steps:
         if node.op == "buffer":
             known[number] = xp.astype(arrays[_index(node)], compute, copy=False)
@@ -160,7 +162,7 @@ def _index(node: Node) -> int:
     return node.value
 
 
-def _plain(recipe: Recipe, xp: Any, arrays: list[Any], dtype: str, inputs: Sequence[float]) -> list[Any]:
+def _plain(recipe: Recipe, xp: Namespace, arrays: list[Array], dtype: str, inputs: Sequence[float]) -> list[Array]:
     """One real array through a plain rule and the options around it: new parameter and slots in the compute dtype."""
     compute = getattr(xp, compute_dtype(dtype))
     cast = [xp.astype(a, compute, copy=False) for a in arrays]
@@ -182,7 +184,7 @@ def _plain(recipe: Recipe, xp: Any, arrays: list[Any], dtype: str, inputs: Seque
     return outputs
 
 
-def _parts(xp: Any, leaf: Leaf) -> Iterator[list[Any]]:
+def _parts(xp: Namespace, leaf: Leaf) -> Iterator[list[Array]]:
     """The leaf's arrays [p, g, *slots] as real arrays: themselves, or their real and then their imaginary parts."""
     arrays = [leaf.p, leaf.g, *leaf.slots]
     if leaf.dtype not in PART:
@@ -192,20 +194,20 @@ def _parts(xp: Any, leaf: Leaf) -> Iterator[list[Any]]:
     yield [imag(xp, a) for a in arrays]
 
 
-def real(xp: Any, a: Any) -> Any:
+def real(xp: Namespace, a: Array) -> Array:
     return xp.real(a) if dtype_name(a) in COMPLEX_DTYPES else a
 
 
-def imag(xp: Any, a: Any) -> Any:
+def imag(xp: Namespace, a: Array) -> Array:
     return xp.imag(a) if dtype_name(a) in COMPLEX_DTYPES else xp.zeros_like(a)
 
 
-def _joined(parts: list[Any], leaf: Leaf) -> Any:
+def _joined(parts: list[Array], leaf: Leaf) -> Array:
     """The parts as one array again."""
     return parts[0] if len(parts) == 1 else leaf.library.joined(*parts)
 
 
-def _put(xp: Any, old: Any, new: Any, mutable: bool) -> Any:
+def _put(xp: Namespace, old: Array, new: Array, mutable: bool) -> Array:
     new = xp.astype(new, old.dtype, copy=False)
     if not mutable:
         return new

@@ -25,7 +25,7 @@ class _CPU:
     def plan(self, traced: Traced, leaves: list[Leaf], keeper: Keeper | None, *, capturable: bool, alone: bool) -> Plan:
         return Plan(traced, leaves)
 
-    def obstacle(self, leaf: Leaf) -> str:
+    def obstacle(self, leaf: Leaf[np.ndarray]) -> str:
         arrays = [leaf.p, *([leaf.g] if leaf.g is not None else []), *leaf.slots]
         if any(not a.dtype.isnative for a in arrays):
             return "its bytes are not in the machine's order"
@@ -41,10 +41,10 @@ class _CPU:
             )
         return ""
 
-    def stageable(self, leaf: Leaf) -> bool:
+    def stageable(self, leaf: Leaf[np.ndarray]) -> bool:
         return "float16" not in (leaf.dtype, leaf.g_dtype) or _half_precision()
 
-    def staged(self, leaf: Leaf) -> Leaf:
+    def staged(self, leaf: Leaf[np.ndarray]) -> Leaf[np.ndarray]:
         copy = replace(leaf, p=_native(leaf.p), slots=[_native(slot) for slot in leaf.slots])
         if not dense_alike([copy.p, *copy.slots]):
             copy.p, copy.slots = _in_c_order(copy.p), [_in_c_order(slot) for slot in copy.slots]
@@ -82,4 +82,4 @@ def _in_c_order(a: np.ndarray) -> np.ndarray:
     return np.asarray(a, order="C")
 
 
-ENGINE: KernelEngine = _CPU()
+ENGINE: KernelEngine[np.ndarray] = _CPU()

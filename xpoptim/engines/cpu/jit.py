@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import re
+from ctypes import PyDLL
 from functools import cache
-from typing import Any
 
 import llvmlite.binding as llvm
 
@@ -14,19 +14,19 @@ from .threads import compiling
 
 
 @cache
-def _target() -> Any:
+def _target() -> llvm.Target:
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
     return llvm.Target.from_default_triple()
 
 
-def _machine() -> Any:
+def _machine() -> llvm.TargetMachine:
     return _target().create_target_machine(
         cpu=llvm.get_host_cpu_name(), features=llvm.get_host_cpu_features().flatten(), opt=2
     )
 
 
-def _link(assembly: str, library: Any) -> None:
+def _link(assembly: str, library: PyDLL) -> None:
     for name in re.findall(r"^declare .* @(\w+)", assembly, re.MULTILINE):
         llvm.add_symbol(name, ctypes.cast(getattr(library, name), ctypes.c_void_p).value)
 
@@ -39,7 +39,7 @@ class Module:
     """
 
     def __init__(
-        self, assembly: str, *, subnormals: tuple[str, ...] = (), vectorize: bool = True, library: Any = None
+        self, assembly: str, *, subnormals: tuple[str, ...] = (), vectorize: bool = True, library: PyDLL | None = None
     ) -> None:
         with compiling:
             machine = _machine()

@@ -94,7 +94,7 @@ class Plan:
     devices: Sequence[int] = ()
     keeps_sums = False  # the host adds them up
 
-    def __init__(self, traced: Traced, leaves: list[Leaf]) -> None:
+    def __init__(self, traced: Traced, leaves: list[Leaf[np.ndarray]]) -> None:
         self.recipe = traced.recipe
         threads.get_num_threads()  # a bad XPOPTIM_NUM_THREADS is an error now, before anything is written
         columns = 2 + len(self.recipe.slots)
@@ -146,7 +146,7 @@ class Plan:
             for kind in (("norm", "update") if self.recipe.reductions else ("update",))
         }
 
-    def _fill(self, row: int, start: int, i: int, leaf: Leaf) -> None:
+    def _fill(self, row: int, start: int, i: int, leaf: Leaf[np.ndarray]) -> None:
         length = leaf.p.size * (2 if leaf.dtype in PART else 1)  # a complex array is its parts in turn
         self._rows[i], self._lengths[i] = row, length
         pointers = [a.ctypes.data if a is not None else 0 for a in (leaf.p, leaf.g, *leaf.slots)]
@@ -211,7 +211,7 @@ class Plan:
 
     # Running again
 
-    def watch(self, columns: Columns, keys: list[list[Any]], copied: Iterable[int]) -> scan.Scanner | None:
+    def watch(self, columns: Columns, keys: list[list[object]], copied: Iterable[int]) -> scan.Scanner | None:
         if not scan.available():
             return None
         cells, lengths = self._cells()

@@ -13,16 +13,19 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ...codegen.llvm.elementwise import load_fields
-from ..base import Columns
+from ..base import Columns, Made
 from . import thread_pool
 from .threads import compiling
+
+if TYPE_CHECKING:
+    from .jit import Module
 
 # Offsets in the array object, behind the 16 bytes that every object of a standard CPython build begins with.
 _DATA, _NDIM, _DIMS, _STRIDES, _DESCR, _FLAGS = 16, 24, 32, 40, 56, 64
@@ -366,14 +369,14 @@ def available() -> bool:
 
 
 @cache
-def _compiled() -> Any:
+def _compiled() -> Module:
     from .jit import Module
 
     return Module(_ASSEMBLY, vectorize=False, library=ctypes.pythonapi)
 
 
 @cache
-def _functions() -> tuple[Any, Any]:
+def _functions() -> tuple[Callable[..., int], Callable[..., int]]:
     """``scan`` and ``step``. PYFUNCTYPE: the interpreter's lock is held, as for any extension module."""
     with compiling:
         module = _compiled()
@@ -402,8 +405,8 @@ class Scanner:
 
     def __init__(
         self,
-        columns: list[list[Any]],
-        names: list[list[Any]],
+        columns: Columns,
+        names: list[list[object]],
         cells: list[list[int]],
         lengths: list[tuple[int, int]],
     ) -> None:
@@ -434,7 +437,7 @@ class Scanner:
         self.columns = len(columns)
         self._scan, _ = _functions()
 
-    def _record(self, array: Any, axes: np.ndarray, cell: int, is_written: bool) -> list[int]:
+    def _record(self, array: np.ndarray, axes: np.ndarray, cell: int, is_written: bool) -> list[int]:
         axes[: 2 * array.ndim] = [*array.shape, *array.strides]
         self._dtypes.append(array.dtype)
         flags = _WRITEABLE if is_written else 0
@@ -460,7 +463,7 @@ class Direct:
         self._addresses = scanner.at, self._kinds.ctypes.data, self._what.ctypes.data
         _, self._step = _functions()
 
-    def run(self, inputs: Sequence[float], containers: tuple[Any, ...], made: Any) -> bool:
+    def run(self, inputs: Sequence[float], containers: tuple[object, ...], made: Made) -> bool:
         """Whether the step was made. It is not if anything may have changed, as when a key is another object.
 
         ``made`` is a ``c_int64`` that becomes 1 with the step, for a caller that is interrupted before it is told.

@@ -22,13 +22,17 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ...codegen.llvm.elementwise import load_fields
 from .threads import available, compiling, get_num_threads
+
+if TYPE_CHECKING:
+    from .jit import Module
 
 MOST = 64  # workers: the bandwidth of the memory is spent long before
 SHARE = 64  # bytes between the cursors of two workers: a cache line
@@ -353,7 +357,7 @@ def _process() -> ctypes.PyDLL:
 
 
 @cache
-def _compiled() -> Any:
+def _compiled() -> Module:
     from .jit import Module
 
     module = Module(_assembly(sys.platform), vectorize=False, library=_process())
@@ -373,7 +377,7 @@ def perform_at() -> int:
 
 
 @cache
-def _functions() -> tuple[Any, Any]:
+def _functions() -> tuple[Callable[[int], None], Callable[[int, int, int, int, int], None]]:
     """``serve`` and ``perform``; ctypes lets go of the interpreter's lock while they run."""
     pointer, word = ctypes.c_void_p, ctypes.c_int64
     serve = ctypes.CFUNCTYPE(None, pointer)(_address("serve"))
@@ -399,7 +403,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
-def _live(serve: Any) -> None:
+def _live(serve: Callable[[int], None]) -> None:
     """A helper's thread. It settles by itself: a signal handler may raise anywhere in the main thread, but not here."""
     try:
         place = _places.pop()
@@ -477,7 +481,7 @@ class Calls:
         self._fields = np.array(calls, np.int64).reshape(len(calls), _CALL)
         self.at = self._fields.ctypes.data
 
-    def run(self, made: Any) -> None:
+    def run(self, made: ctypes.c_int64) -> None:
         """Run them; return when they are done. ``made``, a ``c_int64``, becomes 1 when they begin."""
         _functions()[1](*hired(self.work), self.count, self.at, ctypes.addressof(made))
         done()

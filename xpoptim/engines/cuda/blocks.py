@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 
+from ...arrays.types import CuPyArray
 from ...codegen.cuda import blocks
 from ...codegen.cuda.elementwise import THREADS
 from ...trace.program import BlockProgram
@@ -20,7 +20,7 @@ class BlockKernel:
     def __init__(self, program: BlockProgram) -> None:
         self._program = program
 
-    def __call__(self, x: Any, y: Any, numbers: int, scalars: np.ndarray, words: np.ndarray) -> None:
+    def __call__(self, x: CuPyArray, y: CuPyArray, numbers: int, scalars: np.ndarray, words: np.ndarray) -> None:
         per_thread = len(self._program.lanes) * blocks.blocks_of_a_thread(self._program)
         grid = -(-numbers // (per_thread * THREADS))
         function = kernel(self._source, "blocks", x.device.id)

@@ -8,19 +8,38 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from functools import lru_cache
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 
+from ...arrays.types import CuPyArray, DType, Shape
 
-def on(device: int) -> AbstractContextManager[Any]:
+
+class Stream(Protocol):
+    def wait_event(self, event: Event) -> None: ...
+    def is_capturing(self) -> bool: ...
+
+
+class Event(Protocol):
+    def record(self, stream: Stream) -> None: ...
+
+
+class Function(Protocol):
+    def __call__(self, grid: tuple[int], block: tuple[int], arguments: tuple[object, ...]) -> None: ...
+
+
+class Module(Protocol):
+    def get_function(self, name: str) -> Function: ...
+
+
+def on(device: int) -> AbstractContextManager[object]:
     """Make a GPU the current one."""
     import cupy
 
     return cupy.cuda.Device(device)
 
 
-def beside(array: Any) -> AbstractContextManager[Any]:
+def beside(array: CuPyArray) -> AbstractContextManager[object]:
     """Make an array's own GPU the current one."""
     return on(array.data.device_id)
 
@@ -32,7 +51,7 @@ def architecture(device: int) -> str:
     return f"sm_{cupy.cuda.Device(device).compute_capability}"
 
 
-def load(image: bytes, arch: str) -> Any:
+def load(image: bytes, arch: str) -> Module:
     """A cubin on the current GPU."""
     import cupy
 
@@ -46,30 +65,30 @@ def load(image: bytes, arch: str) -> Any:
     return module
 
 
-def launch(function: Any, grid: int, block: int, arguments: tuple[Any, ...]) -> None:
+def launch(function: Function, grid: int, block: int, arguments: tuple[object, ...]) -> None:
     """On the current stream of the current GPU. Arrays of one element, structured too, go by value."""
     function((grid,), (block,), arguments)
 
 
-def zeros(count: int, dtype: Any) -> Any:
+def zeros(count: int, dtype: DType) -> CuPyArray:
     """Device memory on the current GPU."""
     import cupy
 
     return cupy.zeros(count, dtype)
 
 
-def upload(to: Any, values: np.ndarray) -> None:
+def upload(to: CuPyArray, values: np.ndarray) -> None:
     with beside(to):
         to.set(values)
 
 
-def to_host(array: Any, stream: Any = None) -> np.ndarray:
+def to_host(array: CuPyArray, stream: Stream | None = None) -> np.ndarray:
     """In C order, or in Fortran's if the array lies in that. Waits for a stream, or the current one of its GPU."""
     with beside(array):
         return array.get(stream, order="A")
 
 
-def stream(device: int) -> Any:
+def stream(device: int) -> Stream:
     """The current stream of a GPU."""
     import cupy
 
@@ -81,7 +100,7 @@ def capturing(device: int) -> bool:
     return bool(stream(device).is_capturing())
 
 
-def closed(stream: Any) -> bool:
+def closed(stream: Stream) -> bool:
     """Whether work that a stream was given now would go into a capture, or break one."""
     try:
         return bool(stream.is_capturing())
@@ -89,14 +108,14 @@ def closed(stream: Any) -> bool:
         return True
 
 
-def new_stream() -> Any:
+def new_stream() -> Stream:
     """On the current GPU; it waits for no other stream."""
     import cupy
 
     return cupy.cuda.Stream(non_blocking=True)
 
 
-def event() -> Any:
+def event() -> Event:
     """On the current GPU, to be recorded as often as wanted."""
     import cupy
 
@@ -110,7 +129,7 @@ def synchronize(device: int) -> None:
     cupy.cuda.Device(device).synchronize()
 
 
-def dense(array: Any) -> Any:
+def dense(array: CuPyArray) -> CuPyArray:
     """The array itself if it lies in C order, or a copy that does."""
     import cupy
 
@@ -118,13 +137,13 @@ def dense(array: Any) -> Any:
         return cupy.ascontiguousarray(array)
 
 
-def copy(to: Any, source: Any) -> None:
+def copy(to: CuPyArray, source: CuPyArray) -> None:
     """The values of an array into one of the same shape and dtype on the same GPU, on its current stream."""
     with beside(to):
         to[...] = source
 
 
-def array_at(address: int, like: Any, strides: tuple[int, ...]) -> Any:
+def array_at(address: int, like: CuPyArray, strides: Shape) -> CuPyArray:
     """An array as large as ``like`` in memory that somebody else keeps alive."""
     import cupy
 
@@ -132,6 +151,6 @@ def array_at(address: int, like: Any, strides: tuple[int, ...]) -> Any:
     return cupy.ndarray(like.shape, like.dtype, cupy.cuda.MemoryPointer(memory, 0), strides)
 
 
-def converted(array: Any, dtype: str) -> Any:
+def converted(array: CuPyArray, dtype: str) -> CuPyArray:
     with beside(array):
         return array.astype(dtype)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 from ...arrays.dtypes import PART
 from ...arrays.leaves import Leaf
 from ...arrays.memory import dense_alike
+from ...arrays.types import CuPyArray
 from ...recipe.recipe import Traced
 from ...trace.program import BlockProgram
 from .. import base
@@ -27,16 +27,16 @@ class _CUDA:
         assert keeper is None or isinstance(keeper, Keeper)
         return Plan(traced, leaves, keeper, capturable=capturable, alone=alone)
 
-    def obstacle(self, leaf: Leaf) -> str:
+    def obstacle(self, leaf: Leaf[CuPyArray]) -> str:
         arrays = [leaf.p, *([leaf.g] if leaf.g is not None else []), *leaf.slots]
         if leaf.g is not None and leaf.dtype in PART and leaf.g_dtype not in PART:
             return f"its gradient is real ({leaf.g_dtype}) and it is complex"
         return "" if dense_alike(arrays) else "its arrays are not dense, or differ in layout"
 
-    def stageable(self, leaf: Leaf) -> bool:
+    def stageable(self, leaf: Leaf[CuPyArray]) -> bool:
         return True  # CuPy's own arithmetic would flush subnormals
 
-    def staged(self, leaf: Leaf) -> Leaf:
+    def staged(self, leaf: Leaf[CuPyArray]) -> Leaf[CuPyArray]:
         dtype = leaf.g_dtype
         if leaf.dtype in PART and dtype not in PART:
             dtype = "complex128" if dtype == "float64" else "complex64"  # exact: kernels round, CuPy flushes subnormals
@@ -44,14 +44,14 @@ class _CUDA:
         slots = [driver.dense(slot) for slot in leaf.slots]
         return replace(leaf, p=driver.dense(leaf.p), g=g, g_dtype=dtype, slots=slots)
 
-    def copy(self, to: Any, source: Any) -> None:
+    def copy(self, to: CuPyArray, source: CuPyArray) -> None:
         driver.copy(to, source)
 
-    def block_obstacle(self, x: Any, dtype: str) -> str:
+    def block_obstacle(self, x: CuPyArray, dtype: str) -> str:
         return ""
 
     def block_kernel(self, program: BlockProgram) -> BlockKernel:
         return BlockKernel(program)
 
 
-ENGINE: base.KernelEngine = _CUDA()
+ENGINE: base.KernelEngine[CuPyArray] = _CUDA()

@@ -21,7 +21,7 @@ import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 # Strict IEEE 754: no contraction, no flushing of subnormals, correctly rounded division and square root.
 FLAGS = ("-fmad=false", "-ftz=false", "-prec-div=true", "-prec-sqrt=true", "--std=c++17")
@@ -144,7 +144,7 @@ def _dotted(number: tuple[int, int]) -> str:
 # --- the library
 
 
-def _nvrtc() -> Any:
+def _nvrtc() -> ModuleType:
     """CuPy's binding to a usable library. A failure is not remembered, so that what is installed later is found."""
     try:
         from cupy.cuda import nvrtc
@@ -163,7 +163,7 @@ def _nvrtc() -> Any:
     return nvrtc
 
 
-def _version(nvrtc: Any) -> tuple[int, int]:
+def _version(nvrtc: ModuleType) -> tuple[int, int]:
     try:
         return nvrtc.getVersion()
     except RuntimeError:

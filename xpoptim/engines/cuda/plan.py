@@ -17,6 +17,7 @@ import numpy as np
 
 from ...arrays.dtypes import PART
 from ...arrays.leaves import Leaf
+from ...arrays.types import CuPyArray
 from ...codegen.cuda import elementwise as text
 from ...recipe.recipe import Traced
 from ...trace.program import Program
@@ -30,13 +31,13 @@ from .watch import Watch
 _MOST_BYTES = 32_764  # of a kernel's parameters
 _OTHER_BYTES = 40  # of them for what comes beside the table
 _CAPACITIES = (8, 64, 256)  # rows of a by-value table, and then as many as fit; every row costs launch time
-_NULL: Any = np.uint64(0)
+_NULL = np.uint64(0)
 
 _lock = threading.Lock()
-_functions: dict[tuple[str, str, int], Any] = {}
+_functions: dict[tuple[str, str, int], driver.Function] = {}
 
 
-def kernel(source: str, name: str, device: int) -> Any:
+def kernel(source: str, name: str, device: int) -> driver.Function:
     """A kernel of a text, compiled and loaded once for each device."""
     key = (source, name, device)
     if key not in _functions:
@@ -80,10 +81,10 @@ class _Table:
         source = (text.norm_source if is_norm else text.update_source)(program, rows or 1)
         names, ending = ("sums", "fold") if is_norm else ("update",), "_many" if rows is None else ""
         self._kernels = {name: kernel(source, name + ending, device) for name in names}
-        self._upload_kernel = kernel(text.UPLOAD_SOURCE, "upload", device) if rows is None else None
+        self._upload_kernel: Any = kernel(text.UPLOAD_SOURCE, "upload", device) if rows is None else None
 
-    def launch(self, name: str, grid: int, block: int, *arguments: Any) -> None:
-        table: tuple[Any, ...] = (self.value,)
+    def launch(self, name: str, grid: int, block: int, *arguments: object) -> None:
+        table: tuple[object, ...] = (self.value,)
         if self._memory is not None:
             self._upload()
             table = (self.value, self._memory)
@@ -112,7 +113,7 @@ class _InOrder:
 
     row: int
     strides: tuple[int, ...]
-    copy: Any
+    copy: CuPyArray
 
     def renew(self, address: int) -> None:
         driver.copy(self.copy, driver.array_at(address, self.copy, self.strides))
@@ -128,12 +129,12 @@ class _Group:
     chunk: int  # elements of a block's chunk
     blocks: int
     prologue: str
-    scalars: Any = None  # device memory, where the device works them out
+    scalars: CuPyArray | None = None  # device memory, where the device works them out
     norm: _Table | None = None
     norm_prologue: str = ""
-    norm_scalars: Any = None
+    norm_scalars: CuPyArray | None = None
     norm_chunks: int = 0
-    sums: Any = None
+    sums: CuPyArray | None = None
     totals: Any = None
     in_order: list[_InOrder] = field(default_factory=list)
 
@@ -146,7 +147,7 @@ class Plan:
     """
 
     def __init__(
-        self, traced: Traced, leaves: list[Leaf], keeper: Keeper | None, *, capturable: bool, alone: bool
+        self, traced: Traced, leaves: list[Leaf[CuPyArray]], keeper: Keeper | None, *, capturable: bool, alone: bool
     ) -> None:
         self._traced, self.recipe, self._capturable, self._keeper = traced, traced.recipe, capturable, keeper
         by_kind: dict[tuple[int, str, str], list[int]] = {}
@@ -165,7 +166,7 @@ class Plan:
         self.keeps_sums = self._counter is not None
         self._inputs: Sequence[float] = ()
 
-    def _group(self, kind: tuple[int, str, str], members: list[int], leaves: list[Leaf]) -> _Group:
+    def _group(self, kind: tuple[int, str, str], members: list[int], leaves: list[Leaf[CuPyArray]]) -> _Group:
         device, dtype, g_dtype = kind
         programs = self._traced.programs(dtype, g_dtype)
         lengths = [leaves[i].p.size * (2 if dtype in PART else 1) for i in members]
@@ -207,7 +208,7 @@ class Plan:
                 if table is not None:
                     table.rows["g"] = [gradients[i] for i in group.members]
 
-    def watch(self, columns: Columns, keys: list[list[Any]], copied: Iterable[int]) -> Watch | None:
+    def watch(self, columns: Columns, keys: list[list[object]], copied: Iterable[int]) -> Watch | None:
         # A norm that the host fetches takes so long that little is gained, and the arrays might change meanwhile.
         fetched = self.recipe.reductions and self._counter is None
         return None if fetched or any(True for _ in copied) else Watch(self.refresh, columns)
@@ -303,7 +304,7 @@ class Plan:
         """Sums of squares of the group's tensors, into ``totals``."""
         table = group.norm
         assert table is not None
-        scalars = _NULL
+        scalars: object = _NULL
         for gradient in group.in_order:
             gradient.renew(int(group.update.rows["g"][gradient.row]))
             table.rows["g"][gradient.row] = gradient.copy.data.ptr
@@ -317,23 +318,23 @@ class Plan:
             table.launch("sums", blocks, text.THREADS, *counts, scalars, group.sums)
         table.launch("fold", table.count, text.FOLD_THREADS, group.sums, group.totals)
 
-    def _launch_update(self, group: _Group, scalars: Any, skip: Any) -> None:
+    def _launch_update(self, group: _Group, scalars: object, skip: object) -> None:
         if group.blocks:
             counts = (np.uint32(group.update.count), np.int32(group.chunk))
             group.update.launch("update", group.blocks, text.THREADS, *counts, scalars, skip)
 
 
-def _in_order(gradients: list[Any]) -> list[_InOrder]:
+def _in_order(gradients: list[CuPyArray]) -> list[_InOrder]:
     odd = [(row, g) for row, g in enumerate(gradients) if not g.flags.c_contiguous]
     return [_InOrder(row, g.strides, driver.dense(g)) for row, g in odd]
 
 
-def _scalar_memory(program: Program) -> Any:
+def _scalar_memory(program: Program) -> CuPyArray:
     real = np.float32 if program.compute == "float32" else np.float64
     return driver.zeros(max(1, len(program.scalars)), real)
 
 
-def _fill(table: _Table, leaves: list[Leaf], lengths: list[int], chunk: int) -> int:
+def _fill(table: _Table, leaves: list[Leaf[CuPyArray]], lengths: list[int], chunk: int) -> int:
     """Write the rows of leaves; the number of chunks."""
     arrays = [(leaf.p, leaf.g, *leaf.slots) for leaf in leaves]
     for place, buffer in enumerate(table.program.buffers):

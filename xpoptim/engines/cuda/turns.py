@@ -12,10 +12,10 @@ import threading
 import weakref
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 
+from ...arrays.types import CuPyArray
 from . import driver
 
 
@@ -24,15 +24,16 @@ class _Last:
 
     def __init__(self) -> None:
         self.event = driver.event()
-        self.stream: Any = None
-        self.thread: Any = None  # a stream can be another one in each thread: CuPy has one object for all `ptds`
-        self.reader: Any = None  # a stream of our own
-        self.streams: weakref.WeakSet[Any] = weakref.WeakSet()  # all so far
+        self.stream: driver.Stream | None = None
+        # A stream can be another one in each thread: CuPy has one object for all `ptds`.
+        self.thread: threading.Thread | None = None
+        self.reader: driver.Stream | None = None  # a stream of our own
+        self.streams: weakref.WeakSet[driver.Stream] = weakref.WeakSet()  # all so far
 
-    def is_of(self, stream: Any) -> bool:
+    def is_of(self, stream: driver.Stream) -> bool:
         return stream is self.stream and threading.current_thread() is self.thread
 
-    def record(self, stream: Any) -> None:
+    def record(self, stream: driver.Stream) -> None:
         if not self.is_of(stream):
             self.stream, self.thread = stream, threading.current_thread()
             self.streams.add(stream)
@@ -87,7 +88,7 @@ class Turns:
             yield
         self._await_replays(every)  # the next replay does not know that it would have to wait
 
-    def read(self, what: str, array: Any) -> np.ndarray:
+    def read(self, what: str, array: CuPyArray) -> np.ndarray:
         """An array's values after the last turn. Waits for that, and for nothing else that the current stream does."""
         device = array.data.device_id
         self.refuse(what, [device])

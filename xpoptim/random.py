@@ -22,7 +22,6 @@ from typing import Any, NamedTuple, Protocol, Self, TypeVar
 
 import numpy as np
 
-from .arrays.namespaces.libraries import NUMPY_NAMESPACE
 from .arrays.namespaces.lookup import library_behind, standard
 from .arrays.types import Array, Device, Namespace
 from .sync.atomic import Atomic
@@ -184,7 +183,7 @@ def _draw(
     """``convert(lane)`` of ``n`` words, piece by piece, so that no temporary grows with ``n``."""
     library = library_behind(xp)
     if not library.wrapping_products:
-        on_host = _draw(convert, dtype, seed, stream, n, start_block, NUMPY_NAMESPACE, None)
+        on_host = _draw(convert, dtype, seed, stream, n, start_block, standard(None), None)
         return xp.asarray(on_host)
 
     # torch has no uint64 arithmetic; its int64 product wraps to the same bits.

@@ -40,6 +40,7 @@ __all__ = ["Dropout", "dropout"]
 
 
 _A = TypeVar("_A")  # an array or a scalar
+_Named = dict[str, Value]
 _V = TypeVar("_V", Array, Value)  # what the definition is carried out on, and what kernels are traced with
 
 
@@ -63,9 +64,7 @@ def _dropped(xp: Any, x: _V, keep: _V | None, scale: _V, zero: _V | float) -> _V
     return x * scale if keep is None else xp.where(keep, x * scale, zero)
 
 
-def _block(
-    xp: Functions, numbers: list[Value], block: list[Value], words: dict[str, Value], scalars: dict[str, Value]
-) -> list[Value]:
+def _block(xp: Functions, numbers: list[Value], block: list[Value], words: _Named, scalars: _Named) -> list[Value]:
     """The same for a block of four elements, which share four words: what the kernels are traced from."""
     counter = (*block, words["stream_low"], words["stream_high"])
     keys = [(words[f"key{r}_low"], words[f"key{r}_high"]) for r in range(random.PHILOX_ROUNDS)]
@@ -83,9 +82,7 @@ _WORDS = (
 )
 
 
-def _scaled_block(
-    xp: Functions, numbers: list[Value], block: list[Value], words: dict[str, Value], scalars: dict[str, Value]
-) -> list[Value]:
+def _scaled_block(xp: Functions, numbers: list[Value], block: list[Value], _: _Named, scalars: _Named) -> list[Value]:
     """A block where all elements are kept."""
     return [_dropped(xp, x, None, scalars["scale"], 0.0) for x in numbers]
 

@@ -6,7 +6,6 @@ The Array API standard has none. NumPy's plain ``np.ndarray`` is an `Array`, and
 
 from __future__ import annotations
 
-import builtins
 from collections.abc import Sequence
 from types import EllipsisType
 from typing import Any, Protocol, Self, TypeAlias
@@ -40,67 +39,36 @@ class Array(Protocol):
     def __ge__(self, other: Self | float, /) -> Any: ...  # an array of bools, which NumPy types as another class
 
 
-class _Flags(Protocol):
-    @property
-    def c_contiguous(self) -> bool: ...
-    @property
-    def f_contiguous(self) -> bool: ...
-
-
-class Strided(Array, Protocol):
-    """An array whose layout is known: NumPy's and CuPy's."""
-
-    @property
-    def dtype(self) -> np.dtype: ...
-    @property
-    def flags(self) -> _Flags: ...
-    @property
-    def strides(self) -> Shape: ...
-    @property
-    def size(self) -> int: ...
-    @property
-    def itemsize(self) -> int: ...
-    @property
-    def nbytes(self) -> int: ...
-
-
-class _Pointer(Protocol):
-    ptr: int
-    device_id: int
-
-
-class _GPU(Protocol):
-    id: int
-
-
-class CuPyArray(Strided, Protocol):
+class CuPyArray(Array, Protocol):
     """CuPy's, which comes without types."""
 
-    @property
-    def data(self) -> _Pointer: ...
-    @property
-    def device(self) -> _GPU: ...
+    dtype: np.dtype
+    flags: Any  # as NumPy's
+    strides: Shape
+    size: int
+    itemsize: int
+    nbytes: int
+    data: Any  # its pointer and its device's number
+    device: Any
+
     def __getitem__(self, index: Index, /) -> CuPyArray: ...
-    def astype(self, dtype: DType, *, copy: builtins.bool = True) -> CuPyArray: ...
+    def astype(self, dtype: DType, *, copy: bool = True) -> CuPyArray: ...
     def copy(self, order: str = "C") -> CuPyArray: ...
     def get(self, stream: object = None, order: str = "C") -> np.ndarray: ...
     def set(self, values: np.ndarray) -> None: ...
+
+
+Strided: TypeAlias = np.ndarray | CuPyArray
 
 
 class Namespace(Protocol):
     """The functions of the standard, for arrays of one library, that the package uses outside of rules."""
 
     __name__: str
-    bool: DType
-    float64: DType
-    int64: DType
-    uint32: DType
-    uint64: DType
 
-    def asarray(
-        self, x: object, /, *, dtype: DType = None, device: Device = None, copy: builtins.bool | None = None
-    ) -> Array: ...
-    def astype(self, x: Array, dtype: DType, /, *, copy: builtins.bool = True) -> Array: ...
+    def __getattr__(self, name: str) -> DType: ...  # a dtype by its name
+    def asarray(self, x: object, /, *, dtype: DType = None, device: Device = None, copy: bool = ...) -> Array: ...
+    def astype(self, x: Array, dtype: DType, /, *, copy: bool = True) -> Array: ...
     def arange(self, start: int, stop: int, /, *, dtype: DType = None, device: Device = None) -> Array: ...
     def empty(self, shape: int | Shape, /, *, dtype: DType = None, device: Device = None) -> Array: ...
     def zeros(self, shape: int | Shape, /, *, dtype: DType = None, device: Device = None) -> Array: ...

@@ -13,16 +13,13 @@ from collections.abc import Callable
 from importlib import import_module, metadata, util
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 import xpoptim as xo
 
 from . import one_line
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 CUPY = "pip install '.[cuda13]' or '.[cuda12]' in xpoptim's source folder, for the CUDA version of your driver"
 
@@ -221,7 +218,7 @@ def show_plain(sections: Sections) -> None:
         print()
 
 
-def show_rich(sections: Sections, console: Console) -> None:
+def show_rich(sections: Sections, console: Any) -> None:
     from rich.table import Table
     from rich.text import Text
 

@@ -8,18 +8,13 @@ from __future__ import annotations
 
 from itertools import pairwise
 from types import ModuleType
-from typing import Protocol, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 
 import xpoptim as xo
 
 Array: TypeAlias = np.ndarray  # or CuPy's, which has the same methods
-
-
-class Layer(Protocol):
-    def forward(self, x: Array, train_flg: bool) -> Array: ...
-    def backward(self, dout: Array) -> Array: ...
 
 
 class Affine:
@@ -110,7 +105,7 @@ class Network:
     ) -> None:
         self.params: dict[str, Array] = {}
         self.affines: list[Affine] = []
-        self.layers: list[Layer] = []
+        self.layers: list[Affine | ReLU | xo.Dropout] = []
         self.loss_layer = SoftmaxCrossEntropy(xp)
         rng = np.random.default_rng(seed)
         for number, (inputs, outputs) in enumerate(pairwise(sizes), start=1):

@@ -10,15 +10,10 @@ from __future__ import annotations
 
 import math
 from types import ModuleType
-from typing import Protocol
 
 import numpy as np
 
 Arrays = dict[str, np.ndarray]  # or CuPy's
-
-
-class Plain(Protocol):
-    def update(self, params: Arrays, grads: Arrays) -> None: ...
 
 
 class PlainSGD:

@@ -9,7 +9,7 @@ from importlib import import_module
 from statistics import median
 from time import perf_counter
 from types import ModuleType
-from typing import TypeVar, TypeVarTuple
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -19,7 +19,6 @@ from . import DemoError, one_line, plain
 from .network import Array, Network
 
 _R = TypeVar("_R")
-_Ts = TypeVarTuple("_Ts")
 
 BATCH = 100
 TRAIN_IMAGES = 1437  # four fifths of the 1,797
@@ -99,7 +98,7 @@ class Entry:
     name: str
     lr: float
     make: Callable[[float], xo.Optimizer]
-    make_plain: Callable[[float, ModuleType], plain.Plain]
+    make_plain: Callable[[float, ModuleType], Any]
 
 
 # Learning rates that suit each optimizer on networks of about this size; the table shows them.
@@ -208,7 +207,7 @@ def compare(backend: Backend, entry: Entry, data: Data, seed: int, steps: int, o
     result.arrays, result.parameters = len(plain_params), sum(value.size for value in plain_params.values())
     measured = measured_steps(steps, logarithmic=True)
 
-    def timed(function: Callable[[*_Ts], _R], *args: *_Ts) -> tuple[float, _R]:
+    def timed(function: Callable[..., _R], *args: object) -> tuple[float, _R]:
         synchronize()
         start = perf_counter()
         value = function(*args)

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
-
-Schedule: TypeAlias = Callable[[int], object]  # from a step, 0 at the first update, to a number
 
 NON_NEGATIVE = ("lr", "eps", "weight_decay")
 BELOW_ONE = ("momentum", "decay_rate")
@@ -16,9 +14,7 @@ POSITIVE = ("clip_norm", "clip_value")
 MAY_BE_INFINITE = ("clip_norm",)  # which then only checks that the norm is finite
 
 
-def checked(
-    owner: str, name: str, value: object, *, static: bool = False, optional: bool = False
-) -> float | Schedule | None:
+def checked(owner: str, name: str, value: object, *, static: bool = False, optional: bool = False) -> object:
     """``value`` as a float (so that a NumPy scalar never promotes the arithmetic), a bool if ``static``, or a schedule.
 
     Raises ``TypeError`` for what is no number and ``ValueError`` for one out of range; both name the hyperparameter.
@@ -60,7 +56,7 @@ def in_range(owner: str, name: str, value: float, place: str = "") -> float:
     return value
 
 
-def at(owner: str, name: str, value: float | Schedule, step: int) -> float:
+def at(owner: str, name: str, value: float | Callable[[int], object], step: int) -> float:
     """The value in force at ``step`` (0 at the first update)."""
     if not callable(value):
         return value

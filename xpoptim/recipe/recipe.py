@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeAlias
 
 from ..arrays.dtypes import compute_dtype, slot_dtype
 from ..arrays.namespaces.lookup import library_with
@@ -19,7 +19,10 @@ from ..arrays.types import Array, Namespace
 from ..errors import TraceError
 from ..trace.language import Functions, Value, lift
 from ..trace.program import Buffer, Program
+from ..trace.tracer import Traced as _Pass
 from ..trace.tracer import trace
+
+Rule: TypeAlias = Callable[..., object]  # what it returns is checked
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ class Recipe:
     """What a step computes: the options that are on, around the rule. Hashable, and free of numbers and arrays."""
 
     name: str  # "Adam.rule", for errors
-    rule: Callable[..., object]
+    rule: Rule
     slots: tuple[str, ...]
     takes: tuple[str, ...]  # the rule's scalars, "t" and static fields included
     statics: tuple[tuple[str, bool], ...]
@@ -158,9 +161,7 @@ class Traced:
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
-        functions: dict[str, Callable[..., Mapping[str, Value] | Value]] = (
-            {"norm": recipe.gradient} if recipe.reductions else {}
-        )
+        functions: dict[str, _Pass] = {"norm": recipe.gradient} if recipe.reductions else {}
         if recipe.fused:
             functions["update"] = recipe.update
         buffers = _buffers(recipe, "float32", "float32")
@@ -188,9 +189,7 @@ def _buffers(recipe: Recipe, dtype: str, g_dtype: str) -> tuple[Buffer, ...]:
     return (Buffer("p", "param", dtype), Buffer("g", "grad", g_dtype), *slots)
 
 
-def _plain(
-    rule: Callable[..., object], xp: Functions, arrays: list[Value], keywords: Mapping[str, Value | bool | None]
-) -> tuple[Value, ...]:
+def _plain(rule: Rule, xp: Functions, arrays: list[Value], keywords: Mapping[str, object]) -> tuple[Value, ...]:
     """A rule that is not elementwise, called with the namespace, arrays and floats themselves."""
     backend: Any = xp._backend
     numbers = {name: float(x.raw) if isinstance(x, Value) else x for name, x in keywords.items()}

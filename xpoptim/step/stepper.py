@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from ctypes import c_int64
-from typing import TypeVar, TypeVarTuple
+from typing import TypeVar
 
 from ..arrays.leaves import ABSENT, Leaf, as_given, pairs, rebuilt
 from ..arrays.namespaces.lookup import library_with
@@ -33,8 +33,6 @@ from .state import (
 )
 
 _R = TypeVar("_R")
-_T = TypeVar("_T")
-_Ts = TypeVarTuple("_Ts")
 
 
 class Stepper:
@@ -81,7 +79,7 @@ class Stepper:
                     state["slots"] = before
         self._prepared = prepared if prepared.watch(params, slots) else None
 
-    def apply(self, settings: Declaration, params: _T, grads: object, state: Mapping[str, object]) -> tuple[_T, State]:
+    def apply(self, settings: Declaration, params: _R, grads: object, state: Mapping[str, object]) -> tuple[_R, State]:
         """A step on copies: new parameters and a new state."""
         state = copied_state(plain_state(type(settings).__name__, settings._slot_names(), state))
         recipe, inputs = settings._scalars(state["step"])
@@ -111,7 +109,7 @@ class Stepper:
         """The traced recipe: that of the steps before, unless what changes the program was assigned since."""
         return self._traced if self._traced is not None and self._traced.recipe == recipe else Traced(recipe)
 
-    def _counted(self, made: Made, run: Callable[[Made, *_Ts], _R], *arguments: *_Ts) -> _R:
+    def _counted(self, made: Made, run: Callable[..., _R], *arguments: object) -> _R:
         """``run(made, *arguments)``, and the step is counted if it was made.
 
         It is counted first: Ctrl-C during the kernels takes effect after them, and must find the step counted.

@@ -228,9 +228,7 @@ class Value:
             return apply(name, *inputs)
         self._refuse(f"calls np.{ufunc.__name__} on {self._who()}: call xp.{ufunc.__name__} if the table has it")
 
-    def __array_function__(
-        self, function: Callable[..., object], types: object, args: object, kwargs: object
-    ) -> NoReturn:
+    def __array_function__(self, function: Callable[..., object], *rest: object) -> NoReturn:
         self._refuse(f"calls np.{function.__name__} on {self._who()}: use the functions of xp")
 
     def __repr__(self) -> str:

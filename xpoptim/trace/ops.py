@@ -43,9 +43,6 @@ class Op:
     symbol: str = ""  # infix or prefix spelling for `source("graph")`
 
 
-_op = Op
-
-
 def _infix(function: Callable[[Any, Any], Any]) -> Operation:
     return lambda xp, a, b: function(a, b)
 
@@ -68,12 +65,12 @@ def integer_power(x: float, n: float) -> np.float64:
 _R, _RR, _BB = (REAL,), (REAL, REAL), (BOOL, BOOL)
 
 _ROWS = (
-    _op("add", _RR, REAL, _infix(operator.add), "{r} = fadd {T} {0}, {1}", "{0} + {1}", "+"),
-    _op("subtract", _RR, REAL, _infix(operator.sub), "{r} = fsub {T} {0}, {1}", "{0} - {1}", "-"),
-    _op("multiply", _RR, REAL, _infix(operator.mul), "{r} = fmul {T} {0}, {1}", "{0} * {1}", "*"),
-    _op("divide", _RR, REAL, _infix(operator.truediv), "{r} = fdiv {T} {0}, {1}", "{0} / {1}", "/"),
-    _op("negative", _R, REAL, lambda xp, a: -a, "{r} = fneg {T} {0}", "-{0}", "-"),
-    _op(
+    Op("add", _RR, REAL, _infix(operator.add), "{r} = fadd {T} {0}, {1}", "{0} + {1}", "+"),
+    Op("subtract", _RR, REAL, _infix(operator.sub), "{r} = fsub {T} {0}, {1}", "{0} - {1}", "-"),
+    Op("multiply", _RR, REAL, _infix(operator.mul), "{r} = fmul {T} {0}, {1}", "{0} * {1}", "*"),
+    Op("divide", _RR, REAL, _infix(operator.truediv), "{r} = fdiv {T} {0}, {1}", "{0} / {1}", "/"),
+    Op("negative", _R, REAL, lambda xp, a: -a, "{r} = fneg {T} {0}", "-{0}", "-"),
+    Op(
         "sqrt",
         _R,
         REAL,
@@ -81,8 +78,8 @@ _ROWS = (
         "{r} = call {T} @llvm.sqrt.{S}({T} {0})",
         "sqrt{S}({0})",
     ),
-    _op("abs", _R, REAL, lambda xp, a: xp.abs(a), "{r} = call {T} @llvm.fabs.{S}({T} {0})", "fabs{S}({0})"),
-    _op(
+    Op("abs", _R, REAL, lambda xp, a: xp.abs(a), "{r} = call {T} @llvm.fabs.{S}({T} {0})", "fabs{S}({0})"),
+    Op(
         "isfinite",
         _R,
         BOOL,
@@ -90,13 +87,13 @@ _ROWS = (
         "{r}.abs = call {T} @llvm.fabs.{S}({T} {0})\n  {r} = fcmp olt {T} {r}.abs, 0x7FF0000000000000",
         "fabs{S}({0}) < XP_INFINITY",
     ),
-    _op("less", _RR, BOOL, _infix(operator.lt), "{r} = fcmp olt {T} {0}, {1}", "{0} < {1}", "<"),
-    _op("less_equal", _RR, BOOL, _infix(operator.le), "{r} = fcmp ole {T} {0}, {1}", "{0} <= {1}", "<="),
-    _op("greater", _RR, BOOL, _infix(operator.gt), "{r} = fcmp ogt {T} {0}, {1}", "{0} > {1}", ">"),
-    _op("greater_equal", _RR, BOOL, _infix(operator.ge), "{r} = fcmp oge {T} {0}, {1}", "{0} >= {1}", ">="),
-    _op("equal", _RR, BOOL, _infix(operator.eq), "{r} = fcmp oeq {T} {0}, {1}", "{0} == {1}", "=="),
-    _op("not_equal", _RR, BOOL, _infix(operator.ne), "{r} = fcmp une {T} {0}, {1}", "{0} != {1}", "!="),
-    _op(
+    Op("less", _RR, BOOL, _infix(operator.lt), "{r} = fcmp olt {T} {0}, {1}", "{0} < {1}", "<"),
+    Op("less_equal", _RR, BOOL, _infix(operator.le), "{r} = fcmp ole {T} {0}, {1}", "{0} <= {1}", "<="),
+    Op("greater", _RR, BOOL, _infix(operator.gt), "{r} = fcmp ogt {T} {0}, {1}", "{0} > {1}", ">"),
+    Op("greater_equal", _RR, BOOL, _infix(operator.ge), "{r} = fcmp oge {T} {0}, {1}", "{0} >= {1}", ">="),
+    Op("equal", _RR, BOOL, _infix(operator.eq), "{r} = fcmp oeq {T} {0}, {1}", "{0} == {1}", "=="),
+    Op("not_equal", _RR, BOOL, _infix(operator.ne), "{r} = fcmp une {T} {0}, {1}", "{0} != {1}", "!="),
+    Op(
         "logical_and",
         _BB,
         BOOL,
@@ -105,7 +102,7 @@ _ROWS = (
         "{0} && {1}",
         "&",
     ),
-    _op(
+    Op(
         "logical_or",
         _BB,
         BOOL,
@@ -114,7 +111,7 @@ _ROWS = (
         "{0} || {1}",
         "|",
     ),
-    _op(
+    Op(
         "logical_xor",
         _BB,
         BOOL,
@@ -123,8 +120,8 @@ _ROWS = (
         "{0} != {1}",
         "^",
     ),
-    _op("logical_not", (BOOL,), BOOL, lambda xp, a: xp.logical_not(a), "{r} = xor i1 {0}, true", "!{0}", "~"),
-    _op(
+    Op("logical_not", (BOOL,), BOOL, lambda xp, a: xp.logical_not(a), "{r} = xor i1 {0}, true", "!{0}", "~"),
+    Op(
         "where",
         (BOOL, REAL, REAL),
         REAL,
@@ -133,7 +130,7 @@ _ROWS = (
         "{0} ? {1} : {2}",
     ),
     # Scalars only, and only with an integer exponent: `beta**t`.
-    _op(
+    Op(
         "power",
         _RR,
         REAL,
@@ -153,7 +150,7 @@ _PRODUCT = (
 _UU = (UINT32, UINT32)
 
 _WORD_ROWS = (
-    _op(
+    Op(
         "multiply_high",
         _UU,
         UINT32,
@@ -161,7 +158,7 @@ _WORD_ROWS = (
         _PRODUCT + "{r} = lshr i64 {r}.product, 32",
         "__umulhi({0}, {1})",
     ),
-    _op(
+    Op(
         "multiply_low",
         _UU,
         UINT32,
@@ -169,8 +166,8 @@ _WORD_ROWS = (
         _PRODUCT + "{r} = or i64 {r}.product, 0",
         "{0} * {1}",
     ),
-    _op("bitwise_xor", _UU, UINT32, _infix(operator.xor), "{r} = xor i64 {0}, {1}", "{0} ^ {1}", "^"),
-    _op(
+    Op("bitwise_xor", _UU, UINT32, _infix(operator.xor), "{r} = xor i64 {0}, {1}", "{0} ^ {1}", "^"),
+    Op(
         "word_greater_equal",
         _UU,
         BOOL,

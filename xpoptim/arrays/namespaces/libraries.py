@@ -8,17 +8,15 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
 from ..types import Array, CuPyArray, Device, Namespace, Strided
 from . import cupy_namespace
 
-_NUMPY: ModuleType = np  # a type checker takes any module for a namespace
-_CUPY: ModuleType = cupy_namespace
-NUMPY_NAMESPACE: Namespace = _NUMPY  # since NumPy 2.1
-CUPY_NAMESPACE: Namespace = _CUPY
+NUMPY_NAMESPACE: ModuleType = np  # as it stands, since NumPy 2.1
+CUPY_NAMESPACE: ModuleType = cupy_namespace
 
 
 class _Memory:
@@ -221,30 +219,21 @@ class _CuPy(Library[CuPyArray]):
             return x.get(order="A")
 
 
-class _Tensor(Array, Protocol):
-    def element_size(self) -> int: ...
-    def data_ptr(self) -> int: ...
-    def stride(self) -> tuple[int, ...]: ...
-    def clone(self) -> Array: ...
-    def detach(self) -> Array: ...
-    def contiguous(self) -> Array: ...
-
-
-class _Torch(Library[_Tensor]):
+class _Torch(Library):
     unsigned_integers = False
     wrapping_products = True
 
-    def extent(self, x: _Tensor) -> np.ndarray | None:
+    def extent(self, x: Any) -> np.ndarray | None:
         size = x.element_size()
         return memory_at(x.data_ptr(), tuple(x.shape), tuple(s * size for s in x.stride()), size)
 
-    def copied(self, x: _Tensor) -> Array:
+    def copied(self, x: Any) -> Array:
         return x.clone()
 
-    def plain(self, x: _Tensor) -> Array:
+    def plain(self, x: Any) -> Array:
         return x.detach()
 
-    def joined(self, re: _Tensor, im: _Tensor) -> Array:
+    def joined(self, re: Any, im: Any) -> Array:
         xp: Any = self.namespace(re)
         return xp.complex(re.contiguous(), im.contiguous())
 
@@ -277,11 +266,7 @@ class _Strict(Library):
 
 NUMPY: Library = _NumPy("numpy", "NumPy")
 CUPY: Library = _CuPy("cupy", "CuPy")
-_OTHERS: dict[str, Library] = {
-    "torch": _Torch("torch"),
-    "jax": _JAX("jax", "JAX"),
-    "array_api_strict": _Strict("array_api_strict"),
-}
+_OTHERS: dict[str, Library] = {x.name: x for x in (_Torch("torch"), _JAX("jax", "JAX"), _Strict("array_api_strict"))}
 
 
 def other(name: str) -> Library:

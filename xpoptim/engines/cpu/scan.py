@@ -15,7 +15,7 @@ import ctypes
 import sys
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -23,9 +23,6 @@ from ...codegen.llvm.elementwise import load_fields
 from ..base import Columns, Made
 from . import thread_pool
 from .threads import compiling
-
-if TYPE_CHECKING:
-    from .jit import Module
 
 # Offsets in the array object, behind the 16 bytes that every object of a standard CPython build begins with.
 _DATA, _NDIM, _DIMS, _STRIDES, _DESCR, _FLAGS = 16, 24, 32, 40, 56, 64
@@ -369,7 +366,7 @@ def available() -> bool:
 
 
 @cache
-def _compiled() -> Module:
+def _compiled() -> Any:
     from .jit import Module
 
     return Module(_ASSEMBLY, vectorize=False, library=ctypes.pythonapi)

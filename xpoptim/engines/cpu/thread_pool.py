@@ -24,15 +24,12 @@ import threading
 import time
 from collections.abc import Callable
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 
 from ...codegen.llvm.elementwise import load_fields
 from .threads import available, compiling, get_num_threads
-
-if TYPE_CHECKING:
-    from .jit import Module
 
 MOST = 64  # workers: the bandwidth of the memory is spent long before
 SHARE = 64  # bytes between the cursors of two workers: a cache line
@@ -357,7 +354,7 @@ def _process() -> ctypes.PyDLL:
 
 
 @cache
-def _compiled() -> Module:
+def _compiled() -> Any:
     from .jit import Module
 
     module = Module(_assembly(sys.platform), vectorize=False, library=_process())

@@ -6,9 +6,10 @@ makes that array's GPU the current one.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import lru_cache
-from typing import Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 
@@ -24,12 +25,7 @@ class Event(Protocol):
     def record(self, stream: Stream) -> None: ...
 
 
-class Function(Protocol):
-    def __call__(self, grid: tuple[int], block: tuple[int], arguments: tuple[object, ...]) -> None: ...
-
-
-class Module(Protocol):
-    def get_function(self, name: str) -> Function: ...
+Function: TypeAlias = Callable[[tuple[int], tuple[int], tuple[object, ...]], None]  # of grid, block and arguments
 
 
 def on(device: int) -> AbstractContextManager[object]:
@@ -51,7 +47,7 @@ def architecture(device: int) -> str:
     return f"sm_{cupy.cuda.Device(device).compute_capability}"
 
 
-def load(image: bytes, arch: str) -> Module:
+def load(image: bytes, arch: str) -> Any:
     """A cubin on the current GPU."""
     import cupy
 

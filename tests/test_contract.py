@@ -31,6 +31,7 @@ from helpers import (
     frozen_state,
     frozen_values,
     make_optimizer,
+    option_id,
     refused,
     step_count,
     threads,
@@ -2605,6 +2606,22 @@ def test_a_rule_that_is_not_fused(engine: str) -> None:
     assert a.tolist() == [-1.0, -1.0]
     assert params["b"].tolist() == [-0.5] * 4
     assert {leaf.engine for leaf in opt.explain(params, params)} == {"reference"}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"weight_decay": 0.1}, {"weight_decay": 0.1, "decoupled": True}, {"clip_norm": 1.0}, {"maximize": True}],
+    ids=option_id,
+)
+def test_a_rule_that_is_not_fused_takes_what_options_make_of_arrays_without_axes(options: dict[str, Any]) -> None:
+    """NumPy's arithmetic makes scalars of them, which have no flag to be set."""
+    for kind in (float, np.float32, np.array, np.complex128):
+        lone: dict[str, Any] = {"p": kind(2.0)}
+        whole = {"p": np.full(1, 2.0, np.asarray(lone["p"]).dtype)}
+        Plain(**options).update(lone, {"p": np.full((), 0.5, whole["p"].dtype)})
+        Plain(**options).update(whole, {"p": np.full(1, 0.5, whole["p"].dtype)})
+        assert type(lone["p"]) is (np.ndarray if kind is np.array else kind)
+        assert_same_bits(np.reshape(lone["p"], 1), whole["p"])
 
 
 def test_a_plain_rule_that_raises_for_a_later_leaf_changes_nothing(engine: str) -> None:

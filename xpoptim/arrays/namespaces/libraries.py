@@ -153,6 +153,8 @@ class _NumPy(Library[np.ndarray]):
         return np.array(x, order="K", copy=True)
 
     def read_only(self, x: np.ndarray) -> np.ndarray:
+        if isinstance(x, np.generic):  # what arithmetic makes of 0-d arrays, and cannot be written to as it is
+            return x
         view = x.view()
         view.flags.writeable = False
         return view

@@ -1015,6 +1015,17 @@ def test_skipped_steps_of_replays(gpu: GPU) -> None:
     assert_same(gpu, opt, on_gpu, expected_opt, params)
 
 
+def test_the_step_before_a_capture_may_have_insisted_on_kernels(gpu: GPU) -> None:
+    """What is prepared under "fused" is what "auto" prepares, and the other way round."""
+    for before, then in itertools.permutations(("auto", "fused")):
+        opt, params, grads = xo.Adam(capturable=True), {"w": gpu.array(np.zeros(3))}, {"w": gpu.array(np.ones(3))}
+        with xo.engine(before):
+            opt.update(params, grads)
+        with gpu.capture() as graph, xo.engine(then):
+            opt.update(params, grads)
+        assert "update" in graph.names
+
+
 def test_what_cannot_be_captured(gpu: GPU) -> None:
     params, grads = {"W": gpu.array(np.ones(3))}, {"W": gpu.array(np.ones(3))}
     for options, first in (({"capturable": True}, False), ({}, True), ({"clip_norm": 1.0}, True)):

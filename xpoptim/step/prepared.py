@@ -39,7 +39,8 @@ class Prepared:
         capturable: bool,
         in_place: bool,
     ) -> None:
-        self.recipe, self.capturable, self._engine, self._leaves = traced.recipe, capturable, selected(), leaves
+        self.recipe, self.capturable, self._leaves = traced.recipe, capturable, leaves
+        self._chosen: tuple[str, ...] = (selected(),)  # the choices of an engine that come to these plans
         self._names = {leaf.key: leaf.named("grads") for leaf in leaves} if traced.recipe.reductions else {}
         self._keys = [leaf.key for leaf in leaves]
         self._plans: list[Plan] = []
@@ -122,6 +123,8 @@ class Prepared:
         direct = None
         if flat and in_order and not copies and not self._numbers:
             direct = self._plans[0].direct(watch, type(params))
+        if not copies:  # of the choices that come to a watch, "auto" differs from "fused" in copies alone
+            self._chosen = ("auto", "fused")
         self._numbers = [number.without_gradient() for number in self._numbers]
         self._staged = []
         self._look = _Look(self.recipe.slots, self._keys, skeleton(params), watch, direct, copies, self._numbers)
@@ -141,7 +144,7 @@ class Prepared:
     def again(self, made: Made, inputs: list[float], params: object, grads: object, slots: Any) -> bool:
         """The whole step, if nothing has changed that matters; whether it was made."""
         look = self._look
-        if look is None or type(slots) is not dict or self._engine != selected():
+        if look is None or type(slots) is not dict or selected() not in self._chosen:
             return False
         if look.direct is not None and look.direct.run(
             inputs, (params, grads, *map(slots.get, self.recipe.slots)), made

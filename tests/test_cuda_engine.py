@@ -12,7 +12,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 from unittest import mock
 
 import numpy as np
@@ -1044,6 +1044,25 @@ def test_what_cannot_be_captured(gpu: GPU) -> None:
     strided = {"W": gpu.array(np.ones(6))[::2]}
     with gpu.capture(), pytest.raises(RuntimeError, match="cannot be captured"):
         opt.update(params, strided)
+
+
+def test_slots_are_not_started_in_a_capture(gpu: GPU) -> None:
+    """A function that starts a slot allocates: the capture is refused before it is called."""
+    started = []
+
+    class Started(xo.Optimizer):
+        slots: ClassVar = {"first": lambda p: started.append(p) or p}
+
+        @staticmethod
+        def rule(xp, p, g, first):
+            return p - g, first
+
+    opt, params, grads = Started(capturable=True), {"w": gpu.array(np.ones(3))}, {"w": gpu.array(np.ones(3))}
+    with gpu.capture() as graph, pytest.raises(RuntimeError, match="cannot be captured"):
+        opt.update(params, grads)
+    assert started == graph.names == []
+    opt.update(params, grads)
+    assert gpu.host(opt.state["slots"]["first"]["w"]).tolist() == [1, 1, 1]
 
 
 def test_options_that_change_after_a_capture(gpu: GPU) -> None:

@@ -56,7 +56,7 @@ class Stepper:
         same = last is not None and last.recipe is recipe and last.capturable is settings.capturable
         if last is not None and same and self._counted(made, last.again, inputs, params, grads, state["slots"]):
             return
-        traced, started = self._tracing(recipe), _started(settings, params, state)
+        traced, started = self._tracing(recipe), self._started(settings, params, state)
         leaves = resolve(pairs(params, grads), writing=True)
         with self._turn(leaves):
             known = check_signature(type(settings).__name__, self.known, leaves)
@@ -83,7 +83,7 @@ class Stepper:
         """A step on copies: new parameters and a new state."""
         state = copied_state(plain_state(type(settings).__name__, settings._slot_names(), state))
         recipe, inputs = settings._scalars(state["step"])
-        traced, started = self._tracing(recipe), _started(settings, params, state)
+        traced, started = self._tracing(recipe), self._started(settings, params, state)
         leaves = resolve(pairs(params, grads), writing=False)
         self._not_captured(leaves)
         state["slots"] = slots_for(type(settings).__name__, settings._slot_starts(), leaves, state, started)
@@ -108,6 +108,15 @@ class Stepper:
     def _tracing(self, recipe: Recipe) -> Traced:
         """The traced recipe: that of the steps before, unless what changes the program was assigned since."""
         return self._traced if self._traced is not None and self._traced.recipe == recipe else Traced(recipe)
+
+    def _started(self, settings: Declaration, params: object, state: State) -> SlotArrays | None:
+        """The slots before the first step, if functions of the user's start some."""
+        starts = settings._slot_starts()
+        if state["slots"] or state["step"] or not any(map(callable, starts.values())):
+            return None
+        leaves = resolve(pairs(params, ABSENT), writing=None)
+        self._not_captured(leaves)  # a start allocates
+        return fresh_slots(starts, leaves)
 
     def _counted(self, made: Made, run: Callable[..., _R], *arguments: object) -> _R:
         """``run(made, *arguments)``, and the step is counted if it was made.
@@ -225,13 +234,6 @@ class Stepper:
         self.state, self.known = state, known
         for keeper, devices in self._keepers_of(_arrays(state)):
             keeper.end(devices)
-
-
-def _started(settings: Declaration, params: object, state: State) -> SlotArrays | None:
-    """The slots before the first step, if functions of the user's start some."""
-    if state["slots"] or state["step"] or not any(map(callable, settings._slot_starts().values())):
-        return None
-    return initial_slots(settings, params)
 
 
 def initial_slots(settings: Declaration, params: object) -> SlotArrays:

@@ -19,7 +19,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export PYTHONPATH="$PWD" XPOPTIM_CACHE_DIR="$work/kernels" PIP_DISABLE_PIP_VERSION_CHECK=1
 unset CUDA_PATH CUDA_HOME CONDA_PREFIX LD_LIBRARY_PATH # so that nothing but the environment's own wheels is found
 
-report='from xpoptim.engines import nvrtc; print(nvrtc.describe()["NVRTC"])'
+report='from xpoptim.engines.cuda import nvrtc; print(nvrtc.describe()["NVRTC"])'
 status=0
 
 # check EXPECTED REQUIREMENT...: the report begins with what is expected, and the tests pass.

@@ -104,8 +104,6 @@ def words_program() -> BlockProgram:
         buffer=Buffer("x", "param", "float64"),
         inputs=(),
         words=("flip_low", "flip_high", "stream_low", "stream_high", *keys),
-        compute="float64",
-        lanes=4,
     )
 
 

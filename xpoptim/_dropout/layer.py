@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar
 import numpy as np
 
 from .. import random
-from ..arrays.dtypes import PART, compute_dtype
 from ..arrays.namespaces.lookup import library_behind
 from ..arrays.types import Array, Device, Namespace
 from ..engines.blocks import Kernel
@@ -100,18 +99,8 @@ def scaling_kernel(dtype: str) -> Kernel:
 
 
 def _traced(name: str, function: Callable[..., list[Value]], words: tuple[str, ...], dtype: str) -> Kernel:
-    buffer, lanes = Buffer("x", "param", dtype), 8 if dtype in PART else 4
-    return Kernel(
-        trace_blocks(
-            function,
-            name=name,
-            buffer=buffer,
-            inputs=("scale",),
-            words=words,
-            compute=compute_dtype(dtype),
-            lanes=lanes,
-        )
-    )
+    buffer = Buffer("x", "param", dtype)
+    return Kernel(trace_blocks(function, name=name, buffer=buffer, inputs=("scale",), words=words))
 
 
 def _train(operand: Operand, settings: _Settings, seed: int, stream: int) -> Array:

@@ -5,6 +5,8 @@ To add one: a line here, and how it is stored and loaded in `codegen/llvm/elemen
 
 from __future__ import annotations
 
+import numpy as np
+
 REAL_DTYPES = ("float16", "bfloat16", "float32", "float64")
 COMPLEX_DTYPES = ("complex64", "complex128")
 PART = {"complex64": "float32", "complex128": "float64"}  # the dtype of a complex number's parts
@@ -18,3 +20,9 @@ def compute_dtype(dtype: str) -> str:
 def slot_dtype(dtype: str) -> str:
     """The dtype of a parameter's slots: the compute dtype, or the complex dtype of a complex parameter."""
     return dtype if dtype in PART else compute_dtype(dtype)
+
+
+def rounded(value: float, dtype: str) -> float:
+    """A number as an array of the dtype would hold it."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return float(np.dtype(dtype).type(value))

@@ -57,8 +57,7 @@ class Kernel:
 
 @lru_cache(maxsize=64)  # a layer asks for the same ones at each call
 def _scalars(program: BlockProgram, inputs: tuple[float, ...]) -> np.ndarray:
-    real = np.float32 if program.compute == "float32" else np.float64
     with np.errstate(over="ignore"):
-        scalars = np.array(evaluate(program, inputs) or [0.0]).astype(real)
+        scalars = np.array(evaluate(program, inputs) or [0.0]).astype(program.compute)
     scalars.flags.writeable = False
     return scalars

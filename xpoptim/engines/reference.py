@@ -15,9 +15,9 @@ from ..arrays.leaves import Leaf
 from ..arrays.namespaces.lookup import beside, device_of, dtype_name, namespace
 from ..arrays.types import Array, Device, DType, Namespace
 from ..recipe.recipe import Recipe, Traced
-from ..trace.language import Functions, Value
+from ..trace.language import Functions, Value, among_arrays
 from ..trace.ops import BOOL, TABLE, Op, Type
-from ..trace.program import Node, Program
+from ..trace.program import Program
 from ..trace.scalars import evaluate
 from ..trace.sums import chunk_sums, fold
 from .base import Columns, Engine, Keeper, Made
@@ -38,11 +38,8 @@ class Eager:
     def word(self, value: int) -> _Raw:
         return value
 
-    def scalar_op(self, op: Op, args: list[_Raw]) -> _Raw:
-        return op.array(np, *args)[()]  # np.where makes an array of a scalar
-
-    def array_op(self, op: Op, args: list[_Raw]) -> _Raw:
-        return op.array(self.xp, *args)
+    def operation(self, op: Op, args: list[_Raw], *, scalar: bool) -> _Raw:
+        return op.array(np, *args)[()] if scalar else op.array(self.xp, *args)  # np.where makes an array of a scalar
 
     def spread(self, scalar: _Raw, type: Type) -> Array:
         if type is BOOL:
@@ -124,14 +121,14 @@ def _write(leaf: Leaf, new: list[Array]) -> None:
 
 def _stored(program: Program, xp: Namespace, arrays: list[Array], inputs: Sequence[float]) -> list[Array]:
     """What a program stores, for one real array with its gradient and slots, in the compute dtype."""
-    known = _carried_out(program, xp, arrays, inputs, [node for _, node in program.stores])
-    outputs = []
-    for _, number in program.stores:
-        raw = known[number]
-        if program.nodes[number].op == "buffer":  # an input handed through: it may be written before it is read
-            raw = xp.asarray(raw, copy=True)
-        outputs.append(xp.broadcast_to(raw, tuple(arrays[0].shape)))
-    return outputs
+    stored = [node for _, node in program.stores]
+    known = _carried_out(program, xp, arrays, inputs, stored)
+    return [_apart(xp, known[node], arrays, handed_through=program.nodes[node].op == "buffer") for node in stored]
+
+
+def _apart(xp: Namespace, new: Array, arrays: list[Array], *, handed_through: bool) -> Array:
+    """A new value in the arrays' shape. An input handed through is copied: it may be written before it is read."""
+    return xp.broadcast_to(xp.asarray(new, copy=True) if handed_through else new, tuple(arrays[0].shape))
 
 
 def _carried_out(
@@ -140,12 +137,12 @@ def _carried_out(
     """The wanted nodes of a program as arrays: one operation after the other, each array dropped after its last use."""
     compute, device = getattr(xp, program.compute), device_of(arrays[0])
     scalars = dict(zip(program.scalars, evaluate(program, inputs), strict=True))
-    steps = program.steps(scalar=False)
+    steps = program.array_steps
     last = {operand: number for number, node in steps for operand in node.args}
     known: dict[int, Array] = {}
     for number, node in steps:
         if node.op == "buffer":
-            known[number] = xp.astype(arrays[_index(node)], compute, copy=False)
+            known[number] = xp.astype(arrays[node.index], compute, copy=False)
         elif node.op == "spread":
             value = scalars.get(node.args[0], program.nodes[node.args[0]].value)
             known[number] = xp.asarray(value, dtype=xp.bool if node.type is BOOL else compute, device=device)
@@ -155,11 +152,6 @@ def _carried_out(
                 if last[operand] == number and operand not in wanted:
                     del known[operand]
     return known
-
-
-def _index(node: Node) -> int:
-    assert isinstance(node.value, int)
-    return node.value
 
 
 def _plain(recipe: Recipe, xp: Namespace, arrays: list[Array], dtype: str, inputs: Sequence[float]) -> list[Array]:
@@ -173,15 +165,8 @@ def _plain(recipe: Recipe, xp: Namespace, arrays: list[Array], dtype: str, input
         for name, x in zip(recipe.inputs, inputs, strict=True)
     }
     result = recipe.update(Functions(backend), buffers, scalars)
-    outputs = []
-    for name in recipe.buffers:
-        if name != "g":
-            value = result[name]
-            raw = backend.spread(value.raw, value.type) if value.scalar else value.raw
-            if any(raw is a for a in cast):  # an input handed through: it may be written before it is read
-                raw = xp.asarray(raw, copy=True)
-            outputs.append(xp.broadcast_to(raw, tuple(arrays[0].shape)))
-    return outputs
+    new = [among_arrays(result[name]) for name in recipe.buffers if name != "g"]
+    return [_apart(xp, raw, arrays, handed_through=any(raw is a for a in cast)) for raw in new]
 
 
 def _parts(xp: Namespace, leaf: Leaf) -> Iterator[list[Array]]:

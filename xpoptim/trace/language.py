@@ -28,10 +28,32 @@ class Backend(Protocol[_Raw]):
 
     def constant(self, value: float | bool) -> _Raw: ...
     def word(self, value: int) -> _Raw: ...
-    def scalar_op(self, op: Op, args: list[_Raw]) -> _Raw: ...
-    def array_op(self, op: Op, args: list[_Raw]) -> _Raw: ...
+    def operation(self, op: Op, args: list[_Raw], *, scalar: bool) -> _Raw: ...
     def spread(self, scalar: _Raw, type: Type) -> _Raw:
         """A scalar, rounded once to the compute dtype, as an operand of array operations."""
+
+
+def _operator(name: str) -> Callable[[Value, Operand], Value]:
+    """``value <operator> other``, a row of the table."""
+    return lambda self, other: apply(name, self, other)
+
+
+def _reflected(name: str) -> Callable[[Value, Operand], Value]:
+    """``other <operator> value``, where the other is a number."""
+    return lambda self, other: apply(name, other, self)
+
+
+def _in_place(sign: str) -> Callable[[Value, Operand], Value]:
+    """``m += x`` would change the caller's array in plain NumPy, so it is refused for arguments."""
+
+    def operator(self: Value, other: Operand) -> Value:
+        if self.argument and not self.scalar:
+            self._refuse(
+                f"writes to its argument {self.argument!r}: write {self.argument} = {self.argument} {sign} ..."
+            )
+        return NotImplemented
+
+    return operator
 
 
 class Value:
@@ -55,29 +77,21 @@ class Value:
         self.origin = frozenset({argument}) if argument else origin  # the arguments it was computed from
 
     # Arithmetic, comparison, logic: one row of the table each.
-    def __add__(self, other: Operand) -> Value:
-        return apply("add", self, other)
+    __add__, __radd__ = _operator("add"), _reflected("add")
+    __sub__, __rsub__ = _operator("subtract"), _reflected("subtract")
+    __mul__, __rmul__ = _operator("multiply"), _reflected("multiply")
+    __truediv__, __rtruediv__ = _operator("divide"), _reflected("divide")
+    __lt__, __le__, __gt__ = _operator("less"), _operator("less_equal"), _operator("greater")
+    __eq__, __ne__ = _operator("equal"), _operator("not_equal")  # type: ignore[assignment]
+    __and__, __rand__ = _operator("logical_and"), _reflected("logical_and")
+    __or__, __ror__ = _operator("logical_or"), _reflected("logical_or")
+    __rxor__ = _reflected("logical_xor")
 
-    def __radd__(self, other: Operand) -> Value:
-        return apply("add", other, self)
+    def __ge__(self, other: object) -> Value:
+        return apply("word_greater_equal" if self.type is UINT32 else "greater_equal", self, other)
 
-    def __sub__(self, other: Operand) -> Value:
-        return apply("subtract", self, other)
-
-    def __rsub__(self, other: Operand) -> Value:
-        return apply("subtract", other, self)
-
-    def __mul__(self, other: Operand) -> Value:
-        return apply("multiply", self, other)
-
-    def __rmul__(self, other: Operand) -> Value:
-        return apply("multiply", other, self)
-
-    def __truediv__(self, other: Operand) -> Value:
-        return apply("divide", self, other)
-
-    def __rtruediv__(self, other: Operand) -> Value:
-        return apply("divide", other, self)
+    def __xor__(self, other: Operand) -> Value:
+        return apply("bitwise_xor" if self.type is UINT32 else "logical_xor", self, other)
 
     def __neg__(self) -> Value:
         return apply("negative", self)
@@ -87,42 +101,6 @@ class Value:
 
     def __abs__(self) -> Value:
         return apply("abs", self)
-
-    def __lt__(self, other: object) -> Value:
-        return apply("less", self, other)
-
-    def __le__(self, other: object) -> Value:
-        return apply("less_equal", self, other)
-
-    def __gt__(self, other: object) -> Value:
-        return apply("greater", self, other)
-
-    def __ge__(self, other: object) -> Value:
-        return apply("word_greater_equal" if self.type is UINT32 else "greater_equal", self, other)
-
-    def __eq__(self, other: Operand) -> Value:  # type: ignore[override]
-        return apply("equal", self, other)
-
-    def __ne__(self, other: Operand) -> Value:  # type: ignore[override]
-        return apply("not_equal", self, other)
-
-    def __and__(self, other: Operand) -> Value:
-        return apply("logical_and", self, other)
-
-    def __rand__(self, other: Operand) -> Value:
-        return apply("logical_and", other, self)
-
-    def __or__(self, other: Operand) -> Value:
-        return apply("logical_or", self, other)
-
-    def __ror__(self, other: Operand) -> Value:
-        return apply("logical_or", other, self)
-
-    def __xor__(self, other: Operand) -> Value:
-        return apply("bitwise_xor" if self.type is UINT32 else "logical_xor", self, other)
-
-    def __rxor__(self, other: Operand) -> Value:
-        return apply("logical_xor", other, self)
 
     def __invert__(self) -> Value:
         return apply("logical_not", self)
@@ -135,37 +113,8 @@ class Value:
 
     __hash__ = object.__hash__
 
-    # In place: `m += x` would change the caller's array in plain NumPy, so it is refused for arguments.
-    def _in_place(self, sign: str) -> Value:
-        if self.argument and not self.scalar:
-            self._refuse(
-                f"writes to its argument {self.argument!r}: write {self.argument} = {self.argument} {sign} ..."
-            )
-        return NotImplemented
-
-    def __iadd__(self, other: Operand) -> Value:
-        return self._in_place("+")
-
-    def __isub__(self, other: Operand) -> Value:
-        return self._in_place("-")
-
-    def __imul__(self, other: Operand) -> Value:
-        return self._in_place("*")
-
-    def __itruediv__(self, other: Operand) -> Value:
-        return self._in_place("/")
-
-    def __ipow__(self, other: Operand) -> Value:
-        return self._in_place("**")
-
-    def __iand__(self, other: Operand) -> Value:
-        return self._in_place("&")
-
-    def __ior__(self, other: Operand) -> Value:
-        return self._in_place("|")
-
-    def __ixor__(self, other: Operand) -> Value:
-        return self._in_place("^")
+    __iadd__, __isub__, __imul__, __itruediv__ = _in_place("+"), _in_place("-"), _in_place("*"), _in_place("/")
+    __ipow__, __iand__, __ior__, __ixor__ = _in_place("**"), _in_place("&"), _in_place("|"), _in_place("^")
 
     def __setitem__(self, index: object, value: object) -> None:
         self._refuse(
@@ -252,11 +201,9 @@ def lift(backend: Backend, x: object, type: Type = REAL) -> Value:
     )
 
 
-def _spread(value: Value) -> Value:
-    if not value.scalar:
-        return value
-    raw = value.backend.spread(value.raw, value.type)
-    return Value(value.backend, raw, value.type, origin=value.origin)
+def among_arrays(value: Value) -> Any:
+    """What a backend has for a value beside arrays: a scalar is rounded and fills them."""
+    return value.backend.spread(value.raw, value.type) if value.scalar else value.raw
 
 
 def apply(name: str, *operands: object) -> Value:
@@ -271,12 +218,10 @@ def apply(name: str, *operands: object) -> Value:
                 f"but {name} takes {type.value} (xp.where turns a comparison into numbers)"
             )
     origin = frozenset().union(*(value.origin for value in values))
-    if all(value.scalar for value in values):
-        integral = name in {"add", "subtract", "multiply", "negative"} and all(v.integral for v in values)
-        raw = backend.scalar_op(op, [value.raw for value in values])
-        return Value(backend, raw, op.gives, scalar=True, integral=integral, origin=origin)
-    raw = backend.array_op(op, [_spread(value).raw for value in values])
-    return Value(backend, raw, op.gives, origin=origin)
+    scalar = all(value.scalar for value in values)
+    integral = name in {"add", "subtract", "multiply", "negative"} and all(value.integral for value in values)
+    raw = backend.operation(op, [value.raw if scalar else among_arrays(value) for value in values], scalar=scalar)
+    return Value(backend, raw, op.gives, scalar=scalar, integral=integral, origin=origin)
 
 
 def power(base: Value, exponent: Operand) -> Value:

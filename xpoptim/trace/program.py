@@ -31,6 +31,12 @@ class Node:
     def __post_init__(self) -> None:
         object.__setattr__(self, "spelling", repr(self.value))
 
+    @property
+    def index(self) -> int:
+        """The value of one that has an index."""
+        assert isinstance(self.value, int)
+        return self.value
+
 
 @dataclass(frozen=True)
 class Buffer:
@@ -81,16 +87,14 @@ class Program:
                 seen.setdefault(node.args[0])
         return tuple(seen)
 
-    def steps(self, *, scalar: bool) -> tuple[tuple[int, Node], ...]:
-        """The needed nodes of the scalar program, or those of the elementwise one."""
-        return self._scalar_steps if scalar else self._array_steps
-
     @cached_property
-    def _scalar_steps(self) -> tuple[tuple[int, Node], ...]:
+    def scalar_steps(self) -> tuple[tuple[int, Node], ...]:
+        """The needed nodes of the scalar program."""
         return tuple((number, self.nodes[number]) for number in self.needed if self.nodes[number].scalar)
 
     @cached_property
-    def _array_steps(self) -> tuple[tuple[int, Node], ...]:
+    def array_steps(self) -> tuple[tuple[int, Node], ...]:
+        """Those of the elementwise program."""
         return tuple((number, self.nodes[number]) for number in self.needed if not self.nodes[number].scalar)
 
     def __str__(self) -> str:
@@ -127,11 +131,11 @@ def _listing(program: Program) -> Iterator[str]:
     yield f"program {program.name} in {program.compute}"
     for buffer in program.buffers:
         yield f"  {buffer.role:6} {buffer.name}: {buffer.dtype}"
-    if program.steps(scalar=True):
+    if program.scalar_steps:
         yield "scalars, in float64"
-        yield from (f"  %{i} = {_spell(program, node)}" for i, node in program.steps(scalar=True))
+        yield from (f"  %{i} = {_spell(program, node)}" for i, node in program.scalar_steps)
     yield "for every element"
-    yield from (f"  %{i} = {_spell(program, node)}" for i, node in program.steps(scalar=False))
+    yield from (f"  %{i} = {_spell(program, node)}" for i, node in program.array_steps)
     yield from (f"  {program.buffers[b].name} <- %{i}" for b, i in program.stores)
     if program.reduces is not None:
         yield f"  sum of squares of %{program.reduces}"
@@ -139,8 +143,7 @@ def _listing(program: Program) -> Iterator[str]:
 
 def _spell(program: Program, node: Node) -> str:
     if node.op == "buffer":
-        assert isinstance(node.value, int)
-        return program.buffers[node.value].name
+        return program.buffers[node.index].name
     if node.op in ("input", "const"):
         return str(node.value)
     args = [f"%{i}" for i in node.args]

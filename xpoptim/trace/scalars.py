@@ -14,7 +14,7 @@ def evaluate(program: Program, inputs: Sequence[float]) -> list[float]:
     """The scalar block of a program, each entry in float64; the kernel's dtype rounds it once. A bool is 1.0 or 0.0."""
     known: dict[int, np.float64 | np.bool_] = {}
     with np.errstate(all="ignore"):
-        for number, node in program.steps(scalar=True):
+        for number, node in program.scalar_steps:
             if node.op == "input":
                 known[number] = np.float64(inputs[program.inputs.index(str(node.value))])
             elif node.op == "const":

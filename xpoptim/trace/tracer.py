@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from .language import Functions, Value
+from ..arrays.dtypes import PART, compute_dtype
+from .language import Functions, Value, among_arrays
 from .ops import REAL, Op, Type
 from .program import BlockProgram, Buffer, Node, Program
 
@@ -32,14 +33,18 @@ class Tracer:
     def word(self, value: int) -> int:
         return self.add(Node("const", (), Type.UINT32, False, value))
 
-    def scalar_op(self, op: Op, args: list[int]) -> int:
-        return self.add(Node(op.name, tuple(args), op.gives, True))
-
-    def array_op(self, op: Op, args: list[int]) -> int:
-        return self.add(Node(op.name, tuple(args), op.gives, False))
+    def operation(self, op: Op, args: list[int], *, scalar: bool) -> int:
+        return self.add(Node(op.name, tuple(args), op.gives, scalar))
 
     def spread(self, scalar: int, type: Type) -> int:
         return self.add(Node("spread", (scalar,), type, False))
+
+    def inputs(self, names: tuple[str, ...]) -> dict[str, Value]:
+        """The scalars that the caller of the program supplies."""
+        nodes = {name: self.add(Node("input", (), REAL, True, name)) for name in names}
+        return {
+            name: Value(self, node, scalar=True, integral=name == "t", argument=name) for name, node in nodes.items()
+        }
 
 
 def trace(
@@ -59,27 +64,12 @@ def trace(
         buffer.name: Value(tracer, tracer.add(Node("buffer", (), REAL, False, i)), argument=buffer.name)
         for i, buffer in enumerate(buffers)
     }
-    scalars = {
-        key: Value(
-            tracer,
-            tracer.add(Node("input", (), REAL, True, key)),
-            scalar=True,
-            integral=key == "t",
-            argument=key,
-        )
-        for key in inputs
-    }
-    result = function(Functions(tracer), arrays, scalars)
+    result = function(Functions(tracer), arrays, tracer.inputs(inputs))
     if isinstance(result, Value):
-        return Program(name, compute, buffers, inputs, tuple(tracer.nodes), reduces=_array(result))
+        return Program(name, compute, buffers, inputs, tuple(tracer.nodes), reduces=among_arrays(result))
     places = {buffer.name: i for i, buffer in enumerate(buffers)}
-    stores = tuple((places[key], _array(value)) for key, value in result.items())
+    stores = tuple((places[key], among_arrays(value)) for key, value in result.items())
     return Program(name, compute, buffers, inputs, tuple(tracer.nodes), stores=stores)
-
-
-def _array(value: Value) -> int:
-    """The node of an array value; a scalar result fills the array."""
-    return value.backend.spread(value.raw, value.type) if value.scalar else value.raw
 
 
 def trace_blocks(
@@ -89,25 +79,23 @@ def trace_blocks(
     buffer: Buffer,
     inputs: tuple[str, ...],
     words: tuple[str, ...],
-    compute: str,
-    lanes: int,
 ) -> BlockProgram:
     """Trace ``function(xp, lanes, block, words, scalars)``: the new numbers of one block from its old ones.
 
-    ``block`` is the pair of words (low, high) of the block's index.
+    ``block`` is the pair of words (low, high) of the block's index. A block is four elements of the buffer, and a
+    complex element two numbers.
     """
-    tracer = Tracer(name)
+    tracer, lanes = Tracer(name), 8 if buffer.dtype in PART else 4
     old = [Value(tracer, tracer.add(Node("lane", (), REAL, False, i)), argument=buffer.name) for i in range(lanes)]
     block = [Value(tracer, tracer.add(Node("block", (), Type.UINT32, False, i)), Type.UINT32) for i in (0, 1)]
     given = {key: Value(tracer, tracer.add(Node("word", (), Type.UINT32, False, key)), Type.UINT32) for key in words}
-    scalars = {key: Value(tracer, tracer.add(Node("input", (), REAL, True, key)), scalar=True) for key in inputs}
-    new = function(Functions(tracer), old, block, given, scalars)
+    new = function(Functions(tracer), old, block, given, tracer.inputs(inputs))
     return BlockProgram(
         name,
-        compute,
+        compute_dtype(buffer.dtype),
         (buffer,),
         inputs,
         tuple(tracer.nodes),
         words=words,
-        lanes=tuple(_array(value) for value in new),
+        lanes=tuple(among_arrays(value) for value in new),
     )

@@ -32,8 +32,7 @@ def blocks_of_a_thread(program: BlockProgram) -> int:
 
 def scalars_dtype(program: BlockProgram) -> np.dtype:
     """The scalars, which go by value, as NumPy sees them."""
-    real = np.float32 if program.compute == "float32" else np.float64
-    return np.dtype([("at", real, (max(1, len(program.scalars)),))])
+    return np.dtype([("at", program.compute, (max(1, len(program.scalars)),))])
 
 
 def words_dtype(program: BlockProgram) -> np.dtype:
@@ -100,7 +99,7 @@ extern "C" __global__ void __launch_bounds__({THREADS}) blocks(
 
 def _statements(program: BlockProgram) -> str:
     lines = []
-    for number, node in program.steps(scalar=False):
+    for number, node in program.array_steps:
         if node.op == "lane":
             lines.append(f"const {_TYPE[program.compute]} v{number} = number[{node.value}];")
         elif node.op == "block":

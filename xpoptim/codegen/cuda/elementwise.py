@@ -15,7 +15,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from ...arrays.dtypes import PART
+from ...arrays.dtypes import PART, rounded
 from ...trace.ops import TABLE, Type
 from ...trace.program import Buffer, Node, Program
 from ...trace.sums import CHUNK, LANES
@@ -121,19 +121,13 @@ def norm_source(program: Program, rows: int) -> str:
 def prologue_source(program: Program) -> str:
     """Kernel ``prologue``, one thread: counts the step, takes the norm, rounds the scalars. And ``set_inputs``."""
     real, count = _TYPE[program.compute], len(program.inputs)
-    reads = []
+    known_here, reads = {"norm": "norm", "t": f"state[{STEP}]"}, []
     for place, name in enumerate(program.inputs):
-        if name == "norm":
-            value = "norm"
-        elif name == "t":
-            value = f"state[{STEP}]"
-        else:
-            value = f"from_state ? state[{INPUTS + place}] : inputs.at[{place}]"
+        value = known_here.get(name, f"from_state ? state[{INPUTS + place}] : inputs.at[{place}]")
         reads.append(f"    const double {_identifier('input', name)} = {value};")
     lines = [f"    {line}" for line in _scalar_lines(program)]
     for slot, number in enumerate(program.scalars):
-        cast = _cast_scalar(program, number, real)
-        lines.append(f"    scalars[{slot}] = {cast};")
+        lines.append(f"    scalars[{slot}] = {_cast_scalar(program, number, real)};")
     body = "\n".join([*reads, *lines])
     infinity = _INFINITY if any(node.op == "isfinite" for node in program.nodes) else ""
     return f"""\
@@ -213,9 +207,8 @@ def row_dtype(program: Program) -> np.dtype:
 
 def table_dtype(program: Program, rows: int) -> np.dtype:
     """The by-value table as NumPy sees it."""
-    real = np.float32 if program.compute == "float32" else np.float64
-    fields = [("rows", row_dtype(program), (rows,)), ("scalars", real, (max(1, len(program.scalars)),))]
-    return np.dtype(fields, align=True)
+    scalars = ("scalars", program.compute, (max(1, len(program.scalars)),))
+    return np.dtype([("rows", row_dtype(program), (rows,)), scalars], align=True)
 
 
 def inputs_dtype(count: int) -> np.dtype:
@@ -260,8 +253,7 @@ def _suffix(compute: str) -> str:
 
 def literal(value: float, compute: str) -> str:
     """A constant in hexadecimal, rounded to the compute dtype."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        value = float(np.float32(value)) if compute == "float32" else float(value)
+    value = rounded(value, compute)
     if not np.isfinite(value):
         bits = np.float64(value).view(np.int64)
         return f"({_TYPE[compute]})__longlong_as_double({bits:#x})"
@@ -284,8 +276,7 @@ def _operand(program: Program, number: int, compute: str) -> str:
         scalar = f"s[{program.scalars.index(node.args[0])}]"
         return f"({scalar} != 0)" if node.type is Type.BOOL else scalar
     if node.op == "buffer":
-        assert isinstance(node.value, int)
-        return name_of(program.buffers[node.value])
+        return name_of(program.buffers[node.index])
     return f"v{number}"
 
 
@@ -296,7 +287,7 @@ def _statement(program: Program, number: int, node: Node, compute: str) -> str:
 
 
 def _scalar_lines(program: Program) -> Iterator[str]:
-    for number, node in program.steps(scalar=True):
+    for number, node in program.scalar_steps:
         if node.op == "input":
             yield f"const double v{number} = {_identifier('input', str(node.value))};"
         elif node.op != "const":
@@ -320,7 +311,7 @@ def _element(program: Program) -> str:
     real = _TYPE[program.compute]
     result = "void" if program.reduces is None else real
     lines = [f"__device__ __forceinline__ {result} element({_arguments(program)}) {{"]
-    for number, node in program.steps(scalar=False):
+    for number, node in program.array_steps:
         if node.op not in ("buffer", "spread"):
             lines.append("    " + _statement(program, number, node, program.compute))
     if program.reduces is not None:
@@ -432,25 +423,28 @@ def _update_chunk(program: Program, written: set[int]) -> str:
     return "\n".join(lines)
 
 
+_TABLE = "const Table __grid_constant__ table, "
+
+
+def _also_many(name: str, kernel: str) -> str:
+    """A kernel over the rows in the table, and behind it one over rows in memory, ``_many``."""
+    many = kernel.replace(f" {name}(", f" {name}_many(").replace(_TABLE, f"{_TABLE}const Row* rows, ")
+    return f"{kernel}\n{many.replace('table.rows', 'rows')}"
+
+
 def _update_kernels(real: str) -> str:
-    return f"""\
-// `scalars` and `skip` lie in device memory; null where the host knows the scalars, which are then in the table.
+    update = f"""\
 extern "C" __global__ void __launch_bounds__({THREADS}) update(
-    const Table __grid_constant__ table, unsigned count, int size, const {real}* scalars,
+    {_TABLE}unsigned count, int size, const {real}* scalars,
     const double* skip) {{
     if (skip && *skip != 0.0) return;
     const Row& row = table.rows[find(table.rows, count, blockIdx.x)];
     update_chunk(row, (scalars ? scalars : table.scalars) + row.scalars, blockIdx.x - row.first, size);
 }}
-
-extern "C" __global__ void __launch_bounds__({THREADS}) update_many(
-    const Table __grid_constant__ table, const Row* rows, unsigned count, int size, const {real}* scalars,
-    const double* skip) {{
-    if (skip && *skip != 0.0) return;
-    const Row& row = rows[find(rows, count, blockIdx.x)];
-    update_chunk(row, (scalars ? scalars : table.scalars) + row.scalars, blockIdx.x - row.first, size);
-}}
 """
+    return f"""\
+// `scalars` and `skip` lie in device memory; null where the host knows the scalars, which are then in the table.
+{_also_many("update", update)}"""
 
 
 def _sum_chunk(program: Program) -> str:
@@ -516,24 +510,24 @@ def _used(program: Program, place: int) -> bool:
 
 def _sum_kernels(real: str) -> str:
     warps = THREADS // 32
-    return f"""\
+    sums = f"""\
 extern "C" __global__ void __launch_bounds__({THREADS}) sums(
-    const Table __grid_constant__ table, unsigned count, unsigned chunks, const {real}* scalars, double* out) {{
+    {_TABLE}unsigned count, unsigned chunks, const {real}* scalars,
+    double* out) {{
     const unsigned chunk = blockIdx.x * {warps} + threadIdx.x / 32;
     if (chunk >= chunks) return;
     const Row& row = table.rows[find(table.rows, count, chunk)];
     sum_chunk(row, scalars ? scalars : table.scalars, chunk - row.first, out + chunk);
 }}
-
-extern "C" __global__ void __launch_bounds__({THREADS}) sums_many(
-    const Table __grid_constant__ table, const Row* rows, unsigned count, unsigned chunks, const {real}* scalars,
-    double* out) {{
-    const unsigned chunk = blockIdx.x * {warps} + threadIdx.x / 32;
-    if (chunk >= chunks) return;
-    const Row& row = rows[find(rows, count, chunk)];
-    sum_chunk(row, scalars ? scalars : table.scalars, chunk - row.first, out + chunk);
+"""
+    fold = f"""\
+extern "C" __global__ void __launch_bounds__({FOLD_THREADS}) fold(
+    {_TABLE}double* sums, double* totals) {{
+    fold_row(table.rows[blockIdx.x], sums, totals);
 }}
-
+"""
+    return f"""\
+{_also_many("sums", sums)}
 // A tensor's chunk sums, neighbour added to neighbour until one is left. A block takes a tensor; each round turns up
 // to {FOLD_THREADS * FOLD_EACH} sums into one, {FOLD_EACH} a thread and then by halving distances.
 __device__ __forceinline__ void fold_row(const Row& row, double* sums, double* totals) {{
@@ -568,13 +562,4 @@ __device__ __forceinline__ void fold_row(const Row& row, double* sums, double* t
 }}
 
 // Here a row's `scalars` says the tensor's place in sorted order.
-extern "C" __global__ void __launch_bounds__({FOLD_THREADS}) fold(
-    const Table __grid_constant__ table, double* sums, double* totals) {{
-    fold_row(table.rows[blockIdx.x], sums, totals);
-}}
-
-extern "C" __global__ void __launch_bounds__({FOLD_THREADS}) fold_many(
-    const Table __grid_constant__ table, const Row* rows, double* sums, double* totals) {{
-    fold_row(rows[blockIdx.x], sums, totals);
-}}
-"""
+{_also_many("fold", fold)}"""

@@ -12,9 +12,8 @@ from ...trace.program import BlockProgram, Node
 from .elementwise import (
     _BYTES,
     _INTEGER_POWER,
-    _REAL,
     _STORED,
-    _SUFFIX,
+    DECLARATIONS,
     TASKS,
     _load,
     _load_scalars,
@@ -93,12 +92,7 @@ def assembly(program: BlockProgram, *, in_place: bool) -> str:
         parts.append(_blocks(program, "blocks", same=False))
     loads = load_fields("job", "ptr x", "ptr y", "i64 numbers", "ptr scalars", "ptr words", "i64 grain", first=2)
     run = _RUN.format(loads=loads, width=len(program.lanes), stored=_STORED[dtype], size=_BYTES[dtype], call=call)
-    parts.append(run.replace("@blocks", "@in_place") if in_place else run)
-    parts.extend(
-        f"declare {_REAL[kind]} @llvm.{function}.{_SUFFIX[kind]}({_REAL[kind]})"
-        for kind in _REAL
-        for function in ("sqrt", "fabs")
-    )
+    parts += [run.replace("@blocks", "@in_place") if in_place else run, DECLARATIONS]
     return "\n".join(parts) + "\n"
 
 
@@ -115,7 +109,7 @@ def _blocks(program: BlockProgram, name: str, *, same: bool) -> str:
         ]
     lines += ["  br label %loop", "loop:", "  %block = phi i64 [ %low, %entry ], [ %next, %loop ]"]
     lines.append(f"  %first = mul nuw nsw i64 %block, {len(program.lanes)}")
-    for number, node in program.steps(scalar=False):
+    for number, node in program.array_steps:
         lines += _step(program, number, node)
     for lane, number in enumerate(program.lanes):
         lines += _store_lane(program, lane, number, 0 if same else 1)
@@ -130,7 +124,7 @@ def _step(program: BlockProgram, number: int, node: Node) -> Iterator[str]:
         load = _load(program.buffers[0], 0, number, program.compute)
         yield from (line.replace("i64 %i", f"i64 %i{number}") for line in load)
     elif node.op == "block":
-        yield f"  %v{number} = lshr i64 %block, {32 * int(node.value or 0)}"
+        yield f"  %v{number} = lshr i64 %block, {32 * node.index}"
     elif node.op == "word":
         yield f"  %v{number} = or i64 %word{program.words.index(str(node.value))}, 0"
     elif node.op not in ("spread", "const"):

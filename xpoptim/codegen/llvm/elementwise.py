@@ -11,7 +11,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 
-from ...arrays.dtypes import PART
+from ...arrays.dtypes import PART, rounded
 from ...trace.ops import TABLE, Type
 from ...trace.program import Buffer, Node, Program
 from ...trace.sums import CHUNK, LANES
@@ -56,6 +56,14 @@ exit:
   ret double %final
 }
 """
+
+
+# What the operations call.
+DECLARATIONS = "\n".join(
+    f"declare {_REAL[kind]} @llvm.{function}.{_SUFFIX[kind]}({_REAL[kind]})"
+    for kind in _REAL
+    for function in ("sqrt", "fabs")
+)
 
 
 def load_fields(base: str, *names: str, first: int = 0) -> str:
@@ -203,27 +211,13 @@ def assembly(program: Program) -> str:
     """The whole module: ``prologue(inputs, scalars)`` and ``run(job, worker)``."""
     parts = [f"; {program.name!r}, {program.compute}", _INTEGER_POWER, TASKS, _prologue(program)]
     parts.append(_chunk(program) if program.reduces is not None else _elements(program) + _far(program))
-    parts.append(_driver(program))
-    parts.extend(
-        f"declare {_REAL[kind]} @llvm.{function}.{_SUFFIX[kind]}({_REAL[kind]})"
-        for kind in _REAL
-        for function in ("sqrt", "fabs")
-    )
+    parts += [_driver(program), DECLARATIONS]
     return "\n".join(parts) + "\n"
 
 
 def literal(value: float, kind: str) -> str:
     """A floating-point constant, rounded to ``kind``, in LLVM's exact hexadecimal spelling."""
-    if kind == "float32":
-        value = float(_round32(value))
-    return f"0x{struct.unpack('<Q', struct.pack('<d', value))[0]:016X}"
-
-
-def _round32(value: float) -> float:
-    import numpy as np
-
-    with np.errstate(over="ignore", invalid="ignore"):
-        return float(np.float32(value))
+    return f"0x{struct.unpack('<Q', struct.pack('<d', rounded(value, kind)))[0]:016X}"
 
 
 def _real_type(buffer: Buffer) -> str:
@@ -254,7 +248,7 @@ def _operand(program: Program, number: int, kind: str) -> str:
 def _prologue(program: Program) -> str:
     """The scalar program: float64 inputs in, one rounded scalar of the compute dtype out for each use."""
     lines = ["define void @prologue(ptr %inputs, ptr %scalars) {", "entry:"]
-    for number, node in program.steps(scalar=True):
+    for number, node in program.scalar_steps:
         if node.op == "input":
             place = program.inputs.index(str(node.value))
             lines.append(f"  %p{number} = getelementptr double, ptr %inputs, i64 {place}")
@@ -264,11 +258,9 @@ def _prologue(program: Program) -> str:
     real = _REAL[program.compute]
     for slot, number in enumerate(program.scalars):
         value = f"%v{number}"
-        if program.nodes[number].type is Type.BOOL:
-            lines.append(f"  %o{slot} = uitofp i1 {value} to {real}")
-            value = f"%o{slot}"
-        elif program.compute == "float32":
-            lines.append(f"  %o{slot} = fptrunc double {value} to float")
+        is_bool = program.nodes[number].type is Type.BOOL
+        if is_bool or program.compute == "float32":
+            lines.append(f"  %o{slot} = {'uitofp i1' if is_bool else 'fptrunc double'} {value} to {real}")
             value = f"%o{slot}"
         lines.append(f"  %s{slot} = getelementptr {real}, ptr %scalars, i64 {slot}")
         lines.append(f"  store {real} {value}, ptr %s{slot}")
@@ -285,10 +277,9 @@ def _load_scalars(program: Program) -> Iterator[str]:
 def _body(program: Program) -> Iterator[str]:
     """The elementwise nodes for element ``%i``, in SSA form."""
     real = _REAL[program.compute]
-    for number, node in program.steps(scalar=False):
+    for number, node in program.array_steps:
         if node.op == "buffer":
-            assert isinstance(node.value, int)
-            yield from _load(program.buffers[node.value], node.value, number, program.compute)
+            yield from _load(program.buffers[node.index], node.index, number, program.compute)
         elif node.op == "spread":
             if node.type is Type.BOOL and program.nodes[node.args[0]].op != "const":
                 yield f"  %v{number} = fcmp une {real} %s{program.scalars.index(node.args[0])}, 0.0"
@@ -457,19 +448,6 @@ def _chunk(program: Program) -> str:
     return "\n".join(lines)
 
 
-def _served(arguments: list[str]) -> list[str]:
-    call = ", ".join(arguments)
-    return [
-        f"  %large = icmp sge i64 %n, {_LARGE}",
-        "  br i1 %large, label %away, label %near",
-        "away:",
-        f"  call void @far({call})",
-        "  br label %rownext",
-        "near:",
-        f"  call void @elements({call})",
-    ]
-
-
 def _driver(program: Program) -> str:
     columns = HEADER + len(program.buffers)
     block_bytes = len(program.scalars) * _BYTES[program.compute]
@@ -481,16 +459,24 @@ def _driver(program: Program) -> str:
             f"  %ptr{i} = getelementptr {_STORED[_real_type(buffer)]}, ptr %base{i}, i64 %from",
         ]
         pointers.append(f"ptr %ptr{i}")
-    arguments = ["i64 %count", *pointers, "ptr %constants"]
-    call = []
+    arguments = ", ".join(["i64 %count", *pointers, "ptr %constants"])
     if program.reduces is not None:
-        call += [
+        call = [
             "  %line = add i64 %start, %from",
             f"  %chunkno = udiv i64 %line, {CHUNK}",
             "  %sum = getelementptr double, ptr %sums, i64 %chunkno",
+            f"  call void @elements({arguments}, ptr %sum)",
         ]
-        arguments.append("ptr %sum")
-    call += _served(arguments) if program.reduces is None else [f"  call void @elements({', '.join(arguments)})"]
+    else:
+        call = [
+            f"  %large = icmp sge i64 %n, {_LARGE}",
+            "  br i1 %large, label %away, label %near",
+            "away:",
+            f"  call void @far({arguments})",
+            "  br label %rownext",
+            "near:",
+            f"  call void @elements({arguments})",
+        ]
     job = load_fields("job", "ptr table", "i64 rows", "ptr scalars", "i64 grain", "i64 total", "ptr sums", first=2)
     return _DRIVER.format(
         fields=job, width=8 * columns, block_bytes=block_bytes, pointers="\n".join(lines), call="\n".join(call)

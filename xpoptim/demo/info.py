@@ -19,7 +19,7 @@ import numpy as np
 
 import xpoptim as xo
 
-from . import one_line
+from . import EXTRA, one_line
 
 CUPY = "pip install '.[cuda13]' or '.[cuda12]' in xpoptim's source folder, for the CUDA version of your driver"
 
@@ -85,8 +85,8 @@ def versions() -> list[Row]:
         installed("torch", "torch", "optional, for its tensors"),
         installed("JAX", "jax", "optional, for its arrays"),
         *(
-            installed(name, module, "optional, for the demo: pip install '.[demo]' in xpoptim's source folder")
-            for name, module in (("rich", "rich"), ("matplotlib", "matplotlib"), ("scikit-learn", "sklearn"))
+            installed(distribution, module, "optional, for the demo: pip install '.[demo]' in xpoptim's source folder")
+            for module, distribution in EXTRA.items()
         ),
     ]
 

@@ -129,9 +129,8 @@ def paths(file: Path, ways: dict[str, list[tuple[float, float]]], rates: dict[st
 def training_curves(file: Path, results: list[Result]) -> None:
     """Training loss and test accuracy of every optimizer along the training."""
     with style():
-        sizes = "-".join(map(str, training.SIZES))
         subtitle = (
-            f"A {sizes} network with Dropout {training.DROPOUT_RATIO:g} on handwritten digits: "
+            f"A {training.SIZES_SHOWN} network with Dropout {training.DROPOUT_RATIO:g} on handwritten digits: "
             "same start, same mini-batches and same masks for all."
         )
         figure = titled(12, 6.2, "Seven optimizers, one network", subtitle)
@@ -159,10 +158,9 @@ def training_curves(file: Path, results: list[Result]) -> None:
 def dropout_gap(file: Path, without: Curve, with_dropout: Curve) -> None:
     """Training and test accuracy, without Dropout and with it side by side; the gap between them is shaded."""
     right_labels = 1 - training.WRONG_LABELS / training.SMALL_IMAGES
-    sizes = "-".join(map(str, training.SIZES))
     subtitle = (
-        f"A {sizes} network trained by Adam on {training.SMALL_IMAGES} images, {training.WRONG_LABELS} of them "
-        "labelled wrongly on purpose; the labels of the test images are right."
+        f"A {training.SIZES_SHOWN} network trained by Adam on {training.SMALL_IMAGES} images, {training.WRONG_LABELS} "
+        "of them labelled wrongly on purpose; the labels of the test images are right."
     )
     with style():
         figure = titled(12, 6.2, "Dropout against learning by heart", subtitle)

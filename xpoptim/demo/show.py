@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from time import perf_counter
 
@@ -33,15 +33,14 @@ def main_job(backend_name: str, seed: int, out: Path, steps: int) -> None:
     console = make_console()
     data = training.load_digits(backend.xp, seed)
     console.print(introduction(backend, data), highlight=False)
-    with progress_of(console, steps) as progress:
+    with progress_of(console, steps) as reporter:
         results = []
         for entry in training.ENTRIES:
-            with progress.task(entry.name, pictures.COLOURS[entry.name]) as on_step:
-                results.append(training.compare(backend, entry, data, seed, steps, on_step))
+            on_step = reporter(entry.name, pictures.COLOURS[entry.name])
+            results.append(training.compare(backend, entry, data, seed, steps, on_step))
         curves = []
         for title, ratio in (("no Dropout", 0.0), (f"Dropout {training.STRONG_RATIO:g}", training.STRONG_RATIO)):
-            with progress.task(title, "default") as on_step:
-                curves.append(training.overfit(backend, ratio, seed, steps, on_step))
+            curves.append(training.overfit(backend, ratio, seed, steps, reporter(title, "default")))
     console.print(table(results))
     console.print(notes(results, backend), highlight=False)
     with console.status("drawing the pictures"):
@@ -71,43 +70,12 @@ def make_console() -> Console:
 
 
 def introduction(backend: Backend, data: training.Data) -> str:
-    sizes = "-".join(map(str, training.SIZES))
     return (
         f"xpoptim {xo.__version__} on {backend.name} {backend.xp.__version__}\n"
-        f"Each optimizer trains a {sizes} network with Dropout {training.DROPOUT_RATIO:g} on {len(data.y_train):,} "
-        f"handwritten digits, mini-batches of {training.BATCH}; {len(data.y_test)} other digits test it."
+        f"Each optimizer trains a {training.SIZES_SHOWN} network with Dropout {training.DROPOUT_RATIO:g} on "
+        f"{len(data.y_train):,} handwritten digits, mini-batches of {training.BATCH}; {len(data.y_test)} other "
+        "digits test it."
     )
-
-
-class Reporter:
-    """Progress of the trainings: live bars on a terminal, a line for each finished training elsewhere."""
-
-    def __init__(self, console: Console, steps: int, bars: Progress | None) -> None:
-        self.console, self.steps, self.bars = console, steps, bars
-
-    @contextmanager
-    def task(self, name: str, colour: str) -> Iterator[OnStep]:
-        """A function that a training calls after each step."""
-        if self.bars is None:
-            yield self._line(name)
-        else:
-            yield self._bar(self.bars, name, colour)
-
-    def _bar(self, bars: Progress, name: str, colour: str) -> OnStep:
-        task = bars.add_task(f"[{colour}]{name}", total=self.steps, result="")
-
-        def on_step(step: int, curve: Curve) -> None:
-            if step % 20 == 0 or step == self.steps:  # to redraw takes longer than to train a step
-                bars.update(task, completed=step, result=summary(curve), refresh=True)
-
-        return on_step
-
-    def _line(self, name: str) -> OnStep:
-        def on_step(step: int, curve: Curve) -> None:
-            if step == self.steps:
-                self.console.print(f"{name:<12} {step} steps  {summary(curve)}", highlight=False)
-
-        return on_step
 
 
 def summary(curve: Curve) -> str:
@@ -115,11 +83,11 @@ def summary(curve: Curve) -> str:
 
 
 @contextmanager
-def progress_of(console: Console, steps: int) -> Iterator[Reporter]:
-    """A `Reporter` that suits the console."""
-    if not console.is_terminal:
-        yield Reporter(console, steps, None)
-        return
+def progress_of(console: Console, steps: int) -> Iterator[Callable[[str, str], OnStep]]:
+    """A function that makes, of a training's name and colour, what the training calls after each step.
+
+    It shows live bars on a terminal, and a line for each finished training elsewhere.
+    """
     columns = (
         TextColumn("{task.description:<12}"),
         BarColumn(bar_width=28),
@@ -128,8 +96,22 @@ def progress_of(console: Console, steps: int) -> Iterator[Reporter]:
         TimeElapsedColumn(),
     )
     # rich's own refresh thread would run in the middle of what is timed, so each redraw is asked for.
-    with Progress(*columns, console=console, auto_refresh=False) as bars:
-        yield Reporter(console, steps, bars)
+    bars = Progress(*columns, console=console, auto_refresh=False)
+
+    def reporter(name: str, colour: str) -> OnStep:
+        bar = bars.add_task(f"[{colour}]{name}", total=steps, result="")
+
+        def on_step(step: int, curve: Curve) -> None:
+            if console.is_terminal:
+                if step % 20 == 0 or step == steps:  # to redraw takes longer than to train a step
+                    bars.update(bar, completed=step, result=summary(curve), refresh=True)
+            elif step == steps:
+                console.print(f"{name:<12} {step} steps  {summary(curve)}", highlight=False)
+
+        return on_step
+
+    with bars if console.is_terminal else nullcontext():
+        yield reporter
 
 
 def table(results: list[Result]) -> Table:

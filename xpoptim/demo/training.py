@@ -23,6 +23,7 @@ _R = TypeVar("_R")
 BATCH = 100
 TRAIN_IMAGES = 1437  # four fifths of the 1,797
 SIZES = (64, 256, 128, 64, 10)
+SIZES_SHOWN = "-".join(map(str, SIZES))
 DROPOUT_RATIO = 0.2
 
 # For the Dropout picture: few images, and one label in five is wrong, so that there is something to overfit.

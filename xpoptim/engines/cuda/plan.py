@@ -82,6 +82,17 @@ class _Table:
         names, ending = ("sums", "fold") if is_norm else ("update",), "_many" if rows is None else ""
         self._kernels = {name: kernel(source, name + ending, device) for name in names}
         self._upload_kernel: Any = kernel(text.UPLOAD_SOURCE, "upload", device) if rows is None else None
+        self.prologue = text.prologue_source(program)
+        self.device_scalars: CuPyArray | None = None  # memory, where the device works them out
+
+    def prepare_device(self) -> None:
+        """Allocate and compile what works out the scalars on the device."""
+        kernel(self.prologue, "prologue", self.device)
+        self.device_scalars = driver.zeros(max(1, len(self.program.scalars)), self.program.compute)
+
+    def set_scalars(self, inputs: Sequence[float]) -> None:
+        """Work out the scalars on the host."""
+        self.scalars[: len(self.program.scalars)] = evaluate(self.program, inputs)
 
     def launch(self, name: str, grid: int, block: int, *arguments: object) -> None:
         table: tuple[object, ...] = (self.value,)
@@ -128,11 +139,7 @@ class _Group:
     update: _Table
     chunk: int  # elements of a block's chunk
     blocks: int
-    prologue: str
-    scalars: CuPyArray | None = None  # device memory, where the device works them out
     norm: _Table | None = None
-    norm_prologue: str = ""
-    norm_scalars: CuPyArray | None = None
     norm_chunks: int = 0
     sums: CuPyArray | None = None
     totals: Any = None
@@ -174,12 +181,11 @@ class Plan:
             table = _Table(programs["update"], device, len(members))
             chunk = text.chunk_length(programs["update"], sum(lengths))
             blocks = _fill(table, [leaves[i] for i in members], lengths, chunk)
-            group = _Group(device, members, table, chunk, blocks, text.prologue_source(programs["update"]))
+            group = _Group(device, members, table, chunk, blocks)
             if self.recipe.reductions:
                 group.norm = _Table(programs["norm"], device, len(members))
                 group.norm_chunks = _fill(group.norm, [leaves[i] for i in members], lengths, CHUNK)
                 group.norm.rows["scalars"] = [self._places[i] for i in members]
-                group.norm_prologue = text.prologue_source(programs["norm"])
                 group.sums = driver.zeros(max(1, group.norm_chunks), np.float64)
                 group.totals = driver.zeros(len(self._places), np.float64)
                 group.in_order = _in_order([leaves[i].g for i in members])
@@ -194,11 +200,9 @@ class Plan:
             )
         for group in self._groups:
             with driver.on(group.device):
-                for source in filter(None, (group.prologue, group.norm_prologue)):
-                    kernel(source, "prologue", group.device)
-                group.scalars = _scalar_memory(group.update.program)
+                group.update.prepare_device()
                 if group.norm is not None:
-                    group.norm_scalars = _scalar_memory(group.norm.program)
+                    group.norm.prepare_device()
                     group.totals = self._groups[0].totals
 
     def refresh(self, gradients: list[int]) -> None:
@@ -224,7 +228,8 @@ class Plan:
         capturing = self._keeper is not None and self._keeper.recording
         step = int(self._inputs[0]) - 1
         if capturing:
-            self._check_capture(step)
+            if not self._capturable or self._counter is None or self._counter.expected != step:
+                raise capture_refused()
         elif self._counter is not None:
             self._counter.expect(step)
         if kind == "norm":
@@ -249,15 +254,11 @@ class Plan:
 
     # What a graph replays takes the hyperparameters from the counter's memory, where `set_replay` puts them.
 
-    def _check_capture(self, step: int) -> None:
-        if not self._capturable or self._counter is None or self._counter.expected != step:
-            raise capture_refused()
-
     def set_replay(self, inputs: Sequence[float]) -> None:
         """Give the counter's memory new hyperparameters, in stream order."""
         assert self._counter is not None
         with driver.on(self._counter.device):
-            function = kernel(self._groups[0].prologue, "set_inputs", self._counter.device)
+            function = kernel(self._groups[0].update.prologue, "set_inputs", self._counter.device)
             driver.launch(function, 1, 1, (self._as_argument(inputs), self._counter.state))
 
     # The passes.
@@ -273,27 +274,28 @@ class Plan:
     def _update(self, from_state: bool) -> None:
         for n, group in enumerate(self._groups):
             with driver.on(group.device):
+                table = group.update
+                scalars: CuPyArray | np.uint64 | None = _NULL
+                skip: CuPyArray | np.uint64 = _NULL
                 if self._counter is None:
-                    scalars = evaluate(group.update.program, self._inputs)
-                    group.update.scalars[: len(group.update.program.scalars)] = scalars
-                    self._launch_update(group, _NULL, _NULL)
-                    continue
-                tensors = len(self._places) if self.recipe.reductions else 0
-                self._prologue(
-                    group, group.update, self._counter, tensors=tensors, advance=n == 0, from_state=from_state
-                )
-                self._launch_update(group, group.scalars, self._counter.state[text.SKIP :])
+                    table.set_scalars(self._inputs)
+                else:
+                    tensors = len(self._places) if self.recipe.reductions else 0
+                    self._prologue(group, table, self._counter, tensors=tensors, advance=n == 0, from_state=from_state)
+                    scalars, skip = table.device_scalars, self._counter.state[text.SKIP :]
+                if group.blocks:
+                    counts = (np.uint32(table.count), np.int32(group.chunk))
+                    table.launch("update", group.blocks, text.THREADS, *counts, scalars, skip)
 
     def _prologue(
         self, group: _Group, table: _Table, counter: Counter, *, tensors: int, advance: bool, from_state: bool
     ) -> None:
         """Work out the scalars of a pass on the device."""
-        is_norm = table.program.reduces is not None
-        function = kernel(group.norm_prologue if is_norm else group.prologue, "prologue", group.device)
-        scalars = group.norm_scalars if is_norm else group.scalars
+        function = kernel(table.prologue, "prologue", table.device)
         totals = _NULL if group.totals is None else group.totals
         flags = (np.uint32(tensors), np.uint32(advance), np.uint32(from_state))
-        driver.launch(function, 1, 1, (self._as_argument(self._inputs), counter.state, scalars, totals, *flags))
+        memory = (counter.state, table.device_scalars, totals)
+        driver.launch(function, 1, 1, (self._as_argument(self._inputs), *memory, *flags))
 
     def _as_argument(self, inputs: Sequence[float]) -> np.ndarray:
         argument = np.zeros(1, text.inputs_dtype(len(self.recipe.inputs)))
@@ -309,29 +311,19 @@ class Plan:
             gradient.renew(int(group.update.rows["g"][gradient.row]))
             table.rows["g"][gradient.row] = gradient.copy.data.ptr
         if self._counter is None:
-            table.scalars[: len(table.program.scalars)] = evaluate(table.program, self._inputs)
+            table.set_scalars(self._inputs)
         else:
-            scalars = group.norm_scalars
+            scalars = table.device_scalars
         if group.norm_chunks:
             blocks = -(-group.norm_chunks // (text.THREADS // 32))
             counts = (np.uint32(table.count), np.uint32(group.norm_chunks))
             table.launch("sums", blocks, text.THREADS, *counts, scalars, group.sums)
         table.launch("fold", table.count, text.FOLD_THREADS, group.sums, group.totals)
 
-    def _launch_update(self, group: _Group, scalars: object, skip: object) -> None:
-        if group.blocks:
-            counts = (np.uint32(group.update.count), np.int32(group.chunk))
-            group.update.launch("update", group.blocks, text.THREADS, *counts, scalars, skip)
-
 
 def _in_order(gradients: list[CuPyArray]) -> list[_InOrder]:
     odd = [(row, g) for row, g in enumerate(gradients) if not g.flags.c_contiguous]
     return [_InOrder(row, g.strides, driver.dense(g)) for row, g in odd]
-
-
-def _scalar_memory(program: Program) -> CuPyArray:
-    real = np.float32 if program.compute == "float32" else np.float64
-    return driver.zeros(max(1, len(program.scalars)), real)
 
 
 def _fill(table: _Table, leaves: list[Leaf[CuPyArray]], lengths: list[int], chunk: int) -> int:

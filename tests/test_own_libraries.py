@@ -327,7 +327,7 @@ def _worked_by_numpy() -> Iterator[None]:
     names |= {name for name in cupy_namespace.CUPYS_OWN if not isinstance(getattr(np, name), type)}
     with (
         mock.patch.multiple(cupy, **{name: as_numpy(name) for name in names}),
-        mock.patch.object(cupy_namespace, "_on", return_value=contextlib.nullcontext()),
+        mock.patch.object(cupy_namespace, "on", return_value=contextlib.nullcontext()),
     ):
         yield
 

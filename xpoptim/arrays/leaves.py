@@ -44,7 +44,6 @@ class Leaf(Generic[_A]):
     library: Library = NUMPY
     dtype: str = ""
     g_dtype: str = ""
-    layout: str = ""  # why it cannot take the fused path, if it cannot
 
     def named(self, tree: str) -> str:
         """How errors spell the leaf: ``grads['W1']``, or ``grads`` where that is a lone array."""
@@ -301,26 +300,21 @@ def resolve_parameter(leaf: Leaf, *, writing: bool) -> None:
         raise TypeError(f"{name} is the integer {given!r}: parameters are floats; write it as one")
     if isinstance(given, complex) and not isinstance(given, np.generic):
         raise TypeError(f"{name} is a Python complex: use np.complex128({given!r}) or an array")
-    if isinstance(given, float) and not isinstance(given, np.generic):
-        leaf.p, leaf.library, leaf.dtype = np.array(given), NUMPY, "float64"
-        _needs_home(leaf, writing)
-        return
-    library = library_of(given)
+    is_number = isinstance(given, float | np.generic)
+    leaf.p = np.array(given) if is_number else given
+    library = library_of(leaf.p)
     if library is None:
         _not_a_parameter(leaf)
     _refuse_masked(name, given)
-    leaf.library, leaf.dtype = library, dtype_name(given)
+    leaf.library, leaf.dtype = library, dtype_name(leaf.p)
     if leaf.dtype not in REAL_DTYPES and leaf.dtype not in COMPLEX_DTYPES:
         _bad_dtype(name, leaf.dtype, REAL_DTYPES + COMPLEX_DTYPES)
-    if isinstance(given, np.generic):
-        leaf.p = np.array(given)
-        _needs_home(leaf, writing)
-    else:
+    if not is_number:
         leaf.p = library.plain(given)
-        if not library.mutable:
-            _needs_home(leaf, writing)
-        elif writing and not library.writable(leaf.p):
-            raise ValueError(f"{name} is read-only and cannot be updated in place: pass a writable copy, or use apply")
+    if is_number or not library.mutable:
+        _needs_home(leaf, writing)
+    elif writing and not library.writable(leaf.p):
+        raise ValueError(f"{name} is read-only and cannot be updated in place: pass a writable copy, or use apply")
 
 
 def _refuse_masked(name: str, given: object) -> None:
@@ -404,11 +398,3 @@ def _number_gradient(leaf: Leaf, g: complex, name: str) -> Array:
 def replaced(leaf: Leaf) -> bool:
     """Whether the leaf is a number or an immutable array, which `update` replaces in its container."""
     return isinstance(leaf.given, float | np.generic) or not leaf.mutable
-
-
-def as_given(leaf: Leaf) -> object:
-    """The new value in the form that the user gave: a float for a float, a NumPy scalar for one, else the array.
-
-    An array of a subclass of ndarray is wrapped again; what is computed from a memory map is a plain array.
-    """
-    return leaf.library.wrapped(leaf.p, leaf.given)

@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from ctypes import c_int64
 from typing import TypeVar
 
-from ..arrays.leaves import ABSENT, Leaf, as_given, pairs, rebuilt
+from ..arrays.leaves import ABSENT, Leaf, pairs, rebuilt
 from ..arrays.namespaces.lookup import library_with
 from ..arrays.types import Array
 from ..engines.base import Engine, Keeper, Made
@@ -93,7 +93,7 @@ class Stepper:
         self._traced = traced
         _keep_immutable(recipe, leaves, state["slots"])
         state["step"] += 1
-        return rebuilt(params, iter([as_given(leaf) for leaf in leaves])), state
+        return rebuilt(params, iter([leaf.library.wrapped(leaf.p, leaf.given) for leaf in leaves])), state
 
     def explain(self, settings: Declaration, params: object, grads: object) -> Report:
         leaves = resolve(pairs(params, ABSENT if grads is None else grads), writing=True)

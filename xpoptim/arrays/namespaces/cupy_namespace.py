@@ -45,7 +45,7 @@ def _whole() -> ModuleType:
 def asarray(x: object, /, *, dtype: DType = None, device: Device = None, copy: bool | None = None) -> CuPyArray:
     import cupy
 
-    with _on(device):
+    with on(device):
         made = cupy.array(x, dtype, copy=True) if copy else cupy.asarray(x, dtype)
     if copy is False and made is not x:
         raise ValueError("asarray with copy=False cannot avoid a copy here")
@@ -93,11 +93,11 @@ def full_like(x: CuPyArray, /, value: complex, *, dtype: DType = None, device: D
 def _made(name: str, device: Device, *arguments: object) -> Any:
     import cupy
 
-    with _on(device):
+    with on(device):
         return getattr(cupy, name)(*arguments)
 
 
-def _on(device: Device) -> AbstractContextManager[object]:
+def on(device: Device) -> AbstractContextManager[object]:
     """A block on a device, or on the current one for None."""
     import cupy
 

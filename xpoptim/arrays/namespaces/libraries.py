@@ -197,10 +197,8 @@ class _CuPy(Library[CuPyArray]):
     def device(self, x: CuPyArray) -> Device:
         return x.device
 
-    def on(self, device: Any) -> AbstractContextManager[object]:
-        import cupy
-
-        return nullcontext() if device is None else cupy.cuda.Device(int(device))
+    def on(self, device: Device) -> AbstractContextManager[object]:
+        return cupy_namespace.on(device)
 
     def launches(self, device: Device) -> bool:
         return True

@@ -45,9 +45,10 @@ class _CPU:
         return "float16" not in (leaf.dtype, leaf.g_dtype) or _half_precision()
 
     def staged(self, leaf: Leaf[np.ndarray]) -> Leaf[np.ndarray]:
-        copy = replace(leaf, p=_native(leaf.p), slots=[_native(slot) for slot in leaf.slots])
-        if not dense_alike([copy.p, *copy.slots]):
-            copy.p, copy.slots = _in_c_order(copy.p), [_in_c_order(slot) for slot in copy.slots]
+        arrays = [_native(a) for a in (leaf.p, *leaf.slots)]
+        if not dense_alike(arrays):
+            arrays = [np.asarray(a, order="C") for a in arrays]
+        copy = replace(leaf, p=arrays[0], slots=arrays[1:])
         dtype = leaf.g.dtype.newbyteorder("=")
         if leaf.dtype in PART and leaf.g_dtype not in PART:
             dtype = np.result_type(dtype, np.complex64)
@@ -76,10 +77,6 @@ def _half_precision() -> bool:
 
 def _native(a: np.ndarray) -> np.ndarray:
     return a if a.dtype.isnative else a.astype(a.dtype.newbyteorder("="))
-
-
-def _in_c_order(a: np.ndarray) -> np.ndarray:
-    return np.asarray(a, order="C")
 
 
 ENGINE: KernelEngine[np.ndarray] = _CPU()

@@ -41,9 +41,8 @@ class Kernel:
         self.scalars = len(program.scalars)
 
 
-@lru_cache(maxsize=256)  # not for ever: a rule that is written again and again, as in a notebook, is another program
-def _kernel(program: Program) -> Kernel:
-    return Kernel(program)
+# Not for ever: a rule that is written again and again, as in a notebook, is another program.
+_kernel = lru_cache(maxsize=256)(Kernel)
 
 
 def kernels(traced: Traced, dtype: str, g_dtype: str) -> dict[str, Kernel]:

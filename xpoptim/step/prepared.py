@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import repeat
 from operator import call, setitem
@@ -166,24 +167,17 @@ class Prepared:
         return True
 
 
-_MUTABLE = (dict, list)
-
-
+@dataclass
 class _Look:
     """What must not have changed: the containers, and by an engine's watch the arrays in them."""
 
-    def __init__(
-        self,
-        slots: tuple[str, ...],
-        keys: list[str],
-        shape: Skeleton,
-        watch: Watch,
-        direct: Direct | None,
-        copies: dict[int, Array],
-        numbers: list[_Number],
-    ) -> None:
-        self._slots, self._keys, self._shape, self._watch, self.direct = slots, keys, shape, watch, direct
-        self._copies, self._numbers = copies, numbers
+    slots: tuple[str, ...]
+    keys: list[str]
+    shape: Skeleton
+    watch: Watch
+    direct: Direct | None
+    copies: dict[int, Array]
+    numbers: list[_Number]
 
     def columns(self, params: object, grads: object, slots: Any) -> Columns | None:
         """Parameters, gradients and slots as lists, if the containers are nested as they were; None otherwise.
@@ -191,36 +185,36 @@ class _Look:
         The lists are ours: whoever changes a container meanwhile does not free arrays that a kernel works on.
         """
         columns: Columns = [[], []]
-        if not gather(params, self._shape, columns[0], exact=True) or not gather(grads, self._shape, columns[1]):
+        if not gather(params, self.shape, columns[0], exact=True) or not gather(grads, self.shape, columns[1]):
             return None
-        if self._numbers and not self._filled(columns, params):
+        if self.numbers and not self._filled(columns, params):
             return None
-        for name in self._slots:
+        for name in self.slots:
             arrays = slots.get(name)
-            if not isinstance(arrays, dict) or len(arrays) != len(self._keys):
+            if not isinstance(arrays, dict) or len(arrays) != len(self.keys):
                 return None
-            if list(arrays) == self._keys:
+            if list(arrays) == self.keys:
                 columns.append(list(arrays.values()))
             else:
-                columns.append([arrays.get(key) for key in self._keys])
+                columns.append([arrays.get(key) for key in self.keys])
         return columns
 
     def _filled(self, columns: Columns, container: object) -> bool:
         """Put arrays in the place of numbers. False if that cannot be done: the full step says why."""
         params, grads = columns
         try:
-            for number in self._numbers:
+            for number in self.numbers:
                 i = number.place
                 params[i], grads[i] = number.p, number.load(params[i], grads[i])
         except (TypeError, OverflowError):
             return False
-        return isinstance(container, _MUTABLE)
+        return isinstance(container, dict | list)
 
     def unchanged(self, columns: Columns) -> bool:
         """Whether the arrays are what they were. Gradients of other layout are then where the plan reads them."""
-        if not self._watch.unchanged(columns):
+        if not self.watch.unchanged(columns):
             return False
-        for i, copy in self._copies.items():
+        for i, copy in self.copies.items():
             if columns[1][i] is not None:
                 copy[...] = columns[1][i]
         return True

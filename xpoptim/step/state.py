@@ -145,7 +145,8 @@ def slots_for(
         )
     if not slots and starts and state["step"] == 0:
         slots = started if started is not None else fresh_slots(starts, leaves)
-    _check_known(owner, leaves, slots, tuple(starts))
+    for name in starts:
+        _check_keys(owner, {leaf.key for leaf in leaves}, set(slots.get(name, ())))
     for leaf in leaves:
         leaf.slots = [_fitting(slots[name][leaf.key], leaf, name) for name in starts]
     # A slot that was brought to its parameter's namespace is a new array: the state will be told.
@@ -183,13 +184,8 @@ def _start_value(start: Any, leaf: Leaf, name: str) -> Array:
     return zeros
 
 
-def _check_known(owner: str, leaves: list[Leaf], slots: SlotArrays, names: tuple[str, ...]) -> None:
-    """The set of keys is fixed by the first step."""
-    for name in names:
-        _check_keys(owner, {leaf.key for leaf in leaves}, set(slots.get(name, ())))
-
-
 def _check_keys(owner: str, keys: set[str], known: set[str]) -> None:
+    """The set of keys is fixed by the first step."""
     if keys != known:
         added, lost = sorted(keys - known), sorted(known - keys)
         change = "; ".join(f"{what} {', '.join(k)}" for what, k in (("new:", added), ("missing:", lost)) if k)
@@ -251,20 +247,13 @@ def plain_state(name: str, slots: tuple[str, ...], state: object) -> State:
 
 def copied_state(state: State) -> State:
     others = {k: v for k, v in state.items() if k != "slots"}
-    return cast(State, copy.deepcopy(others) | {"slots": _with_each_slot(_copied, state)})
+    slots = _with_each_slot(lambda slot: library_with(slot).copied(slot), state)
+    return cast(State, copy.deepcopy(others) | {"slots": slots})
 
 
 def on_host(state: State) -> State:
     """The state with NumPy arrays in the place of CuPy's, which a pickle would forget the GPU of."""
-    return {**state, "slots": _with_each_slot(_on_host, state)}
-
-
-def _on_host(slot: Array) -> Array:
-    return library_with(slot).portable(slot)
-
-
-def _copied(slot: Array) -> Array:
-    return library_with(slot).copied(slot)
+    return {**state, "slots": _with_each_slot(lambda slot: library_with(slot).portable(slot), state)}
 
 
 def _with_each_slot(function: Callable[[Array], Array], state: State) -> SlotArrays:

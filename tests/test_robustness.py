@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import gc
+import inspect
+import itertools
 import os
 import pickle
 import signal
@@ -14,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import assert_same_bits, refused
+from helpers import assert_same_bits, frozen_values, refused
 
 import xpoptim as xo
 from xpoptim import optimizer
@@ -573,3 +575,109 @@ def test_an_optimizer_that_was_never_finished_goes_in_silence(where: str, monkey
         (Mine if where == "before" else xo.SGD)()
     gc.collect()
     assert not unraisable
+
+
+class Halved(xo.Optimizer):
+    """A plain rule."""
+
+    lr: float = 0.5
+    slots = ("s",)
+    fused = False
+
+    @staticmethod
+    def rule(xp, p, g, s, *, lr):
+        return p - lr * g, s + g
+
+
+def picture(params: Any, opt: xo.Optimizer) -> Any:
+    def host(tree: Any) -> Any:
+        if isinstance(tree, dict):
+            return {key: host(value) for key, value in tree.items()}
+        if isinstance(tree, list):
+            return [host(value) for value in tree]
+        return np.asarray(tree) if hasattr(tree, "shape") else tree
+
+    return frozen_values(host([params, dict(opt.state)]))
+
+
+def interrupted_at_each_call(make: Any) -> int:
+    """Steps that a signal handler interrupts, at the beginning of one function of the package: a later one each time.
+
+    Such a step is either not made and not counted, or made and counted. Returns how many there were.
+    """
+    home = os.path.dirname(xo.__file__)
+    for place in itertools.count():
+        opt, params, grads = make()
+        opt.update(params, grads)
+        expected, expected_params, _ = make()
+        expected.update(expected_params, grads)
+        states = [picture(expected_params, expected)]
+        expected.update(expected_params, grads)
+        states.append(picture(expected_params, expected))
+        left = place
+
+        def trace(frame: Any, event: str, argument: Any) -> None:
+            nonlocal left
+            # Not of a generator, which is entered also to be closed, where nothing can be raised.
+            ordinary = not frame.f_code.co_flags & inspect.CO_GENERATOR
+            if event == "call" and ordinary and frame.f_code.co_filename.startswith(home):
+                left -= 1
+                if left == -1:
+                    raise KeyboardInterrupt
+
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            opt.update(params, grads)
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(before)
+        assert picture(params, opt) in states, place
+        if left >= 0:
+            return place
+    raise AssertionError
+
+
+def _strided() -> Any:
+    wide = np.ones((3, 8))
+    return xo.Momentum(lr=0.5), {"a": wide[:, ::2], "b": wide[:, 1::2]}, {"a": np.ones((3, 4)), "b": np.ones((3, 4))}
+
+
+def _plain() -> Any:
+    return Halved(), {"a": np.ones(3), "b": 2.0, "c": [1.0]}, {"a": np.ones(3), "b": 1.0, "c": [1.0]}
+
+
+def _dense() -> Any:
+    return xo.Momentum(), {"a": np.ones(3), "b": 2.0, "c": [1.0]}, {"a": np.ones(3), "b": 1.0, "c": [1.0]}
+
+
+def _strict() -> Any:
+    strict = pytest.importorskip("array_api_strict")
+    params = {"a": np.ones(3), "b": strict.ones(3), "c": strict.ones(2)}
+    return xo.Momentum(), params, {"a": np.ones(3), "b": strict.ones(3), "c": strict.ones(2)}
+
+
+def _jax() -> Any:
+    jnp = pytest.importorskip("jax.numpy")
+    params = {"a": np.ones(3), "b": jnp.ones(3), "c": jnp.ones(2)}
+    return xo.Momentum(), params, {"a": np.ones(3), "b": jnp.ones(3), "c": jnp.ones(2)}
+
+
+@pytest.mark.parametrize("make", [_strided, _plain, _dense, _strict, _jax])
+@pytest.mark.parametrize("engine", ["auto", "reference"])
+def test_no_step_is_half_made_though_a_signal_handler_raises(make: Any, engine: str) -> None:
+    with xo.engine(engine):
+        assert interrupted_at_each_call(make) > 10
+
+
+def test_a_library_that_raises_leaves_all_as_it_was() -> None:
+    jnp = pytest.importorskip("jax.numpy")
+    params, opt = {"a": np.ones(3), "b": jnp.ones(3)}, xo.SGD(lr=0.5)
+    opt.update(params, {"a": np.ones(3), "b": jnp.ones(3)})
+    grads = {"a": np.ones(3), "b": jnp.ones(3)}
+    params["b"].delete()
+    with pytest.raises(RuntimeError):
+        opt.update(params, grads)
+    assert params["a"].tolist() == [0.5] * 3
+    assert opt.state["step"] == 1

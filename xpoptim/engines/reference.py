@@ -65,14 +65,19 @@ class Plan:
         if kind == "norm":
             self._sums = {leaf.key: self._beside(_squares_sum, leaf) for leaf in self._leaves}
             return
-        # A plain rule may raise for any leaf: it runs for all of them before the first write.
-        first = None if self._traced.recipe.fused else [self._beside(_computed, leaf) for leaf in self._leaves]
-        for i, leaf in enumerate(self._leaves):
-            results = self._beside(_computed, leaf) if first is None else first[i]
-            made.value = 1
+        # A rule, or the library, may raise for any leaf: all are computed before the first write.
+        results = [self._beside(_computed, leaf) for leaf in self._leaves]
+        made.value = 1
+        try:
+            self._write(results)
+        except BaseException:  # a signal handler's: once again, which gives the same
+            self._write(results)
+            raise
+
+    def _write(self, results: list[list[Array]]) -> None:
+        for leaf, new in zip(self._leaves, results, strict=True):
             with beside(leaf.p):
-                _write(leaf, results)
-        made.value = 1  # of nothing, too
+                _write(leaf, new)
 
     def _beside(self, function: Callable[[Traced, Leaf, Sequence[float]], _R], leaf: Leaf) -> _R:
         with beside(leaf.p):

@@ -24,8 +24,11 @@ class Share:
 
 
 def shares(recipe: Recipe, leaves: list[Leaf]) -> list[Share]:
-    """Every leaf's engine in force. Who has neither a kernel nor a gradient is in no share."""
-    found: dict[Engine, Share] = {}
+    """Every leaf's engine in force. Who has neither a kernel nor a gradient is in no share.
+
+    The reference comes first: unlike a kernel, it may still raise when it computes.
+    """
+    found: dict[Engine, Share] = {reference.ENGINE: Share(reference.ENGINE)}
     for leaf in leaves:
         kernels, reason = _kernels(recipe, leaf)
         if leaf.g is None and (reason or selected() == "reference"):
@@ -34,13 +37,13 @@ def shares(recipe: Recipe, leaves: list[Leaf]) -> list[Share]:
             place = leaf.named("params")
             raise ValueError(f'{place} cannot take the fused path: {reason} (xo.engine("auto") allows it)')
         if kernels is None or selected() == "reference":
-            found.setdefault(reference.ENGINE, Share(reference.ENGINE)).leaves.append(leaf)
+            found[reference.ENGINE].leaves.append(leaf)
             continue
         share = found.setdefault(kernels, Share(kernels))
         if reason:
             share.staged.append((leaf, kernels.staged(leaf)))
         share.leaves.append(share.staged[-1][1] if reason else leaf)
-    return list(found.values())
+    return [share for share in found.values() if share.leaves]
 
 
 def served(recipe: Recipe, leaf: Leaf, with_gradient: bool) -> tuple[str, str]:

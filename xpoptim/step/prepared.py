@@ -79,18 +79,41 @@ class Prepared:
     def run(self, made: Made, inputs: Sequence[float], numbers_to: object = None) -> None:
         """Write parameters and slots; numbers are replaced in their containers, or in ``numbers_to``."""
         replacing = self._replacing(numbers_to) if self._numbers else ()
-        if not self._plans:
-            made.value = 1  # over nothing, or nothing with a gradient
         try:
-            for plan in self._plans:
-                plan.set_inputs(inputs)
-                plan.run("update", made)
+            if len(self._plans) == 1:
+                self._plans[0].set_inputs(inputs)
+                self._plans[0].run("update", made)
+            else:
+                self._run_each(made, inputs)
         finally:  # also if a signal handler raised right after the kernels
             if made.value and replacing:
                 deque(replacing, maxlen=0)
             if made.value and self._staged:
-                for leaf, copy in self._staged:
-                    _bring_home(leaf, copy)
+                try:
+                    self._bring_home()
+                except BaseException:  # a signal handler's: once again, which gives the same
+                    self._bring_home()
+                    raise
+
+    def _run_each(self, made: Made, inputs: Sequence[float]) -> None:
+        """Run several plans. Once the first has begun, nothing that a signal handler raises keeps back the others."""
+        if not self._plans:
+            made.value = 1  # over nothing, or nothing with a gradient
+        begun = [made, *(ctypes.c_int64() for _ in self._plans[1:])]
+        waiting = list(zip(self._plans, begun, strict=False))
+        try:
+            _run_waiting(waiting, inputs)
+        except BaseException:
+            if made.value:
+                _run_waiting(waiting, inputs)
+            raise
+
+    def _bring_home(self) -> None:
+        """What was computed in dense copies, into the arrays that they stand for."""
+        for leaf, copy in self._staged:
+            for old, new in zip((leaf.p, *leaf.slots), (copy.p, *copy.slots), strict=True):
+                if new is not old:
+                    blocks.copy(old, new)
 
     def _replacing(self, container: Any) -> Iterator[None]:
         """Replaces the numbers when it is gone through: all of them, as no signal handler comes in between."""
@@ -254,8 +277,9 @@ class _Number:
         return self._g
 
 
-def _bring_home(leaf: Leaf, copy: Leaf) -> None:
-    """What was computed in dense copies, into the arrays that they stand for."""
-    for old, new in zip((leaf.p, *leaf.slots), (copy.p, *copy.slots), strict=True):
-        if new is not old:
-            blocks.copy(old, new)
+def _run_waiting(plans: list[tuple[Plan, Made]], inputs: Sequence[float]) -> None:
+    """Run the plans that have not begun."""
+    for plan, begun in plans:
+        if not begun.value:
+            plan.set_inputs(inputs)
+            plan.run("update", begun)

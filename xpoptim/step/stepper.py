@@ -74,7 +74,11 @@ class Stepper:
             finally:
                 if made.value:
                     self._traced, self.known = traced, known
-                    _keep_immutable(recipe, leaves, slots)
+                    try:
+                        _keep_immutable(recipe, leaves, slots)
+                    except BaseException:  # a signal handler's: once again, which gives the same
+                        _keep_immutable(recipe, leaves, slots)
+                        raise
                 else:
                     state["slots"] = before
         self._prepared = prepared if prepared.watch(params, slots) else None

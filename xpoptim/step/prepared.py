@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import repeat
@@ -58,6 +58,7 @@ class Prepared:
         self._staged = [pair for share in found for pair in share.staged]
         numbers = (i for i, leaf in enumerate(leaves) if in_place and replaced(leaf) and leaf.g is not None)
         self._numbers = [_Number(i, leaves[i]) for i in numbers]
+        self._homes: Iterable[Any] = [number.home for number in self._numbers]
         self._indices = [number.index for number in self._numbers]
         self._reads = [number.read for number in self._numbers]
         self._look: _Look | None = None
@@ -78,7 +79,10 @@ class Prepared:
 
     def run(self, made: Made, inputs: Sequence[float], numbers_to: object = None) -> None:
         """Write parameters and slots; numbers are replaced in their containers, or in ``numbers_to``."""
-        replacing = self._replacing(numbers_to) if self._numbers else ()
+        replacing = None
+        if self._numbers:  # gone through, it replaces all of them: no signal handler comes in between
+            homes = self._homes if numbers_to is None else repeat(numbers_to)
+            replacing = map(setitem, homes, self._indices, map(call, self._reads))
         try:
             if len(self._plans) == 1:
                 self._plans[0].set_inputs(inputs)
@@ -86,9 +90,9 @@ class Prepared:
             else:
                 self._run_each(made, inputs)
         finally:  # also if a signal handler raised right after the kernels
-            if made.value and replacing:
+            if replacing is not None and made.value:
                 deque(replacing, maxlen=0)
-            if made.value and self._staged:
+            if self._staged and made.value:
                 try:
                     self._bring_home()
                 except BaseException:  # a signal handler's: once again, which gives the same
@@ -114,11 +118,6 @@ class Prepared:
             for old, new in zip((leaf.p, *leaf.slots), (copy.p, *copy.slots), strict=True):
                 if new is not old:
                     blocks.copy(old, new)
-
-    def _replacing(self, container: Any) -> Iterator[None]:
-        """Replaces the numbers when it is gone through: all of them, as no signal handler comes in between."""
-        homes = repeat(container) if container is not None else [number.home for number in self._numbers]
-        return map(setitem, homes, self._indices, map(call, self._reads))
 
     # Again
 
@@ -150,7 +149,7 @@ class Prepared:
         if not copies:  # of the choices that come to a watch, "auto" differs from "fused" in copies alone
             self._chosen = ("auto", "fused")
         self._numbers = [number.without_gradient() for number in self._numbers]
-        self._staged = []
+        self._staged, self._homes = [], ()
         self._look = _Look(self.recipe.slots, self._keys, skeleton(params), watch, direct, copies, self._numbers)
         return True
 
@@ -188,6 +187,9 @@ class Prepared:
         finally:
             self._keeper.end(turn)
         return True
+
+
+_MUTABLE = (dict, list)  # made once: a quick step asks
 
 
 @dataclass
@@ -231,7 +233,7 @@ class _Look:
                 params[i], grads[i] = number.p, number.load(params[i], grads[i])
         except (TypeError, OverflowError):
             return False
-        return isinstance(container, dict | list)
+        return isinstance(container, _MUTABLE)
 
     def unchanged(self, columns: Columns) -> bool:
         """Whether the arrays are what they were. Gradients of other layout are then where the plan reads them."""

@@ -34,7 +34,7 @@ class Direct(Protocol):
     """A watch and the only pass of a plan in one call, over containers that need no walk."""
 
     def run(self, inputs: Sequence[float], containers: tuple[object, ...], made: Made) -> bool:
-        """Run the pass unless anything may have changed; whether it was run."""
+        """Run the pass unless anything may have changed. Returns whether it was run."""
 
 
 class Plan(Protocol):
@@ -71,7 +71,7 @@ class Plan(Protocol):
         """
 
     def direct(self, watch: Watch, container: type) -> Direct | None:
-        """The two in one call for flat containers of this type, if that can be."""
+        """The watch and the pass in one call, for flat containers of this type; None if that cannot be."""
 
 
 class Keeper(Protocol):
@@ -85,22 +85,26 @@ class Keeper(Protocol):
         """Of those arrays that are this engine's."""
 
     def begin(self, devices: Collection[int]) -> Sequence[int]:
-        """What the current streams do from now on comes behind all that was done before, on whatever stream.
+        """Begin a turn: what the current streams do from now on waits for all that was done before, on any stream.
 
-        The devices of which that is to be ended: those whose current stream is captured into a graph are left out.
+        Returns the devices on which to `end` it. A device whose current stream is captured into a graph is left out,
+        since what is captured is not done now.
         """
 
     def apart(self, what: str, devices: Iterable[int]) -> AbstractContextManager[None]:
-        """The same for what is no step, on all devices so far and these; an error, with ``what``, during a capture."""
+        """A turn that is no step, on these devices and all that were used so far.
+
+        Raises ``RuntimeError`` during a capture; ``what`` says what cannot be done then.
+        """
 
     def taken(self, devices: Collection[int]) -> AbstractContextManager[None]:
-        """`begin` and `end` around a block."""
+        """A block that is a turn."""
 
     def end(self, devices: Iterable[int]) -> None:
-        """What was done just now on the current streams is what comes next's before."""
+        """End a turn: the next one waits for what the current streams have been given by now."""
 
     def release(self) -> None:
-        """Memory of the steps so far may be given back."""
+        """Let the memory of the last steps be used again once these are done."""
 
     def refuse_capture(self, devices: Iterable[int]) -> None:
         """An error if a current stream is being captured: a step that checks, compiles or allocates cannot be."""
@@ -115,7 +119,7 @@ class Keeper(Protocol):
         """Hand inputs to a captured step. False if there is none."""
 
     def replace_state(self, old: object, step: int) -> None:
-        """The state gave way to another: a captured step is void, and the old one's memory is not freed under it."""
+        """Another state took the old one's place. A captured step is void, but the memory that it writes is kept."""
 
 
 class Engine(Protocol):

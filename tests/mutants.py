@@ -163,6 +163,12 @@ EQUIVALENT: list[tuple[str, str, str, str]] = [
         "Calls([[0, 0, 1, function, job]], elements).run(ctypes.c_int64())",
         "without a prologue nobody reads the inputs and the scalars",
     ),
+    (
+        "xpoptim/codegen/cuda/elementwise.py",
+        'f"    int head = (int)(-(long long){first} & 15) / {width};",',
+        'f"    int head = (int)(-(long long){first} & 14) / {width};",',
+        "an element lies at an even address",
+    ),
 ]
 
 

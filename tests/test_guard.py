@@ -174,44 +174,8 @@ def test_a_copy_has_a_guard_of_its_own() -> None:
         worker.join(30)
 
 
-FORKED = """
-import os, sys, threading
-import numpy as np, xpoptim as xo
-
-inside, done = threading.Event(), threading.Event()
-def schedule(step):
-    if step == 1:
-        inside.set()
-        done.wait(60)
-    return 1.0
-
-params, grads = [np.zeros(2)], [np.ones(2)]
-opt = xo.SGD(lr=schedule)
-opt.update(params, grads)
-worker = threading.Thread(target=opt.update, args=(params, grads))
-worker.start()
-inside.wait(60)
-child = os.fork()
-if not child:
-    opt.lr = 1.0
-    opt.update(params, grads)
-    threads = [threading.Thread(target=opt.update, args=(params, grads)) for _ in range(4)]
-    for thread in threads: thread.start()
-    for thread in threads: thread.join(60)
-    os._exit(opt.state["step"] - 6)
-done.set()
-worker.join(60)
-print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), opt.state["step"])
-"""
-
-FORKED_TWICE = f"""
-import os, xpoptim
-
-if child := os.fork():
-    os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-{FORKED}"""
-
-FORKED_SAME_NUMBER = """
+# A fork while another thread is within a step; what the child does comes behind.
+WITHIN_A_STEP = """
 import os, threading
 import numpy as np, xpoptim as xo
 
@@ -229,6 +193,34 @@ worker = threading.Thread(target=opt.update, args=(params, grads))
 worker.start()
 inside.wait(60)
 child = os.fork()
+"""
+
+FORKED = (
+    WITHIN_A_STEP
+    + """
+if not child:
+    opt.lr = 1.0
+    opt.update(params, grads)
+    threads = [threading.Thread(target=opt.update, args=(params, grads)) for _ in range(4)]
+    for thread in threads: thread.start()
+    for thread in threads: thread.join(60)
+    os._exit(opt.state["step"] - 6)
+done.set()
+worker.join(60)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), opt.state["step"])
+"""
+)
+
+FORKED_TWICE = f"""
+import os, xpoptim
+
+if child := os.fork():
+    os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+{FORKED}"""
+
+FORKED_SAME_NUMBER = (
+    WITHIN_A_STEP
+    + """
 if not child:
     # A thread of the child may have the identifier of the lost one.
     number = worker.ident
@@ -240,6 +232,7 @@ done.set()
 worker.join(60)
 print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), opt.state["step"])
 """
+)
 
 FORKED_WITHIN = """
 import os

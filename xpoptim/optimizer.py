@@ -304,14 +304,14 @@ class Optimizer(Declaration, options=True):
         >>> saved["class"], saved["hyperparameters"]["lr"]
         ('xpoptim.SGD', 0.5)
         """
-        step = self.state["step"]
-        name = type(self).__name__
+        name, state = type(self).__name__, self._stepper.copied()
+        step = state["step"]
         values = {n: hyperparameters.at(name, n, getattr(self, n), step) for n in (*self._fields, *self._options)}
         return {
             "class": public_name(type(self)),
             "hyperparameters": values,
             "parameters": recorded_signature(self._stepper.known),
-            **self._stepper.copied(),
+            **state,
         }
 
     @exclusive

@@ -40,9 +40,10 @@ def shares(recipe: Recipe, leaves: list[Leaf]) -> list[Share]:
             found[reference.ENGINE].leaves.append(leaf)
             continue
         share = found.setdefault(kernels, Share(kernels))
+        served_leaf = kernels.staged(leaf) if reason else leaf
         if reason:
-            share.staged.append((leaf, kernels.staged(leaf)))
-        share.leaves.append(share.staged[-1][1] if reason else leaf)
+            share.staged.append((leaf, served_leaf))
+        share.leaves.append(served_leaf)
     return [share for share in found.values() if share.leaves]
 
 

@@ -186,8 +186,7 @@ class Declaration:
     @property
     def _recipe(self) -> Recipe:
         """What a step computes with the present hyperparameters."""
-        version, recipe, _ = self._derived
-        return self._derive()[0] if recipe is None or version is not self._version else recipe
+        return self._derive()[0]
 
     def _scalars(self, step: int) -> tuple[Recipe, list[float]]:
         """The recipe, and its inputs at a step (0-based): t, then the hyperparameters in the recipe's order."""

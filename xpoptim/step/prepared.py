@@ -174,12 +174,10 @@ class Prepared:
         ):
             return True  # else keys may have come as equal strings, which take a walk
         columns = look.columns(params, grads, slots)  # which hold the arrays while kernels work on them
-        if columns is None:
-            return False
-        if not look.unchanged(columns):
+        if columns is None or not look.unchanged(columns):
             return False
         if self._keeper is None:
-            self.run(made, self.reduced(inputs) if self.recipe.reductions else inputs, params)
+            self.run(made, self.reduced(inputs), params)
             return True
         turn = self._keeper.begin(self._plans[0].devices)
         try:

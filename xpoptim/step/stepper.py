@@ -197,7 +197,7 @@ class Stepper:
         return total
 
     def _stopped_counting(self) -> bool:
-        """Let the host count again. False if it did."""
+        """Let the host count again. False if it has counted all along."""
         if not self.counts_elsewhere:
             return False
         self.count()

@@ -110,7 +110,7 @@ class Library(Generic[_A]):
         """Whether an array may lie in the memory of one of the others."""
         return True
 
-    def kernels_write(self, x: _A) -> Array:
+    def kernels_write(self, x: _A) -> _A:
         """The array, or a copy where its bytes are not in the machine's order."""
         return x
 

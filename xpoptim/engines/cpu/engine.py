@@ -45,7 +45,7 @@ class _CPU:
         return "float16" not in (leaf.dtype, leaf.g_dtype) or _half_precision()
 
     def staged(self, leaf: Leaf[np.ndarray]) -> Leaf[np.ndarray]:
-        arrays = [_native(a) for a in (leaf.p, *leaf.slots)]
+        arrays = [leaf.library.kernels_write(a) for a in (leaf.p, *leaf.slots)]
         if not dense_alike(arrays):
             arrays = [np.asarray(a, order="C") for a in arrays]
         copy = replace(leaf, p=arrays[0], slots=arrays[1:])
@@ -73,10 +73,6 @@ def _half_precision() -> bool:
     from .jit import half_precision
 
     return half_precision()
-
-
-def _native(a: np.ndarray) -> np.ndarray:
-    return a if a.dtype.isnative else a.astype(a.dtype.newbyteorder("="))
 
 
 ENGINE: KernelEngine[np.ndarray] = _CPU()

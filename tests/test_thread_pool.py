@@ -169,12 +169,14 @@ print(job[1])  # the caller and the one helper
 def test_every_helper_has_a_place_in_the_memory(forked: bool) -> None:
     """As many as there may be, in a child too: one place more would lie outside."""
     code = f"""
-import os
+import os, warnings
 import xpoptim as xo
 from xpoptim.engines.cpu import thread_pool
 xo.set_num_threads(3)
 assert thread_pool.hired(thread_pool.Work({LARGE}))[0] == 2 == len(thread_pool._helpers)
-child = os.fork() if {forked} else 0
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of a fork beside threads
+    child = os.fork() if {forked} else 0
 if child:
     os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 xo.set_num_threads(thread_pool.MOST)

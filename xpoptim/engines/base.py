@@ -33,7 +33,7 @@ class Watch(Protocol):
 class Direct(Protocol):
     """A watch and the only pass of a plan in one call, over containers that need no walk."""
 
-    def run(self, inputs: Sequence[float], containers: tuple[object, ...], made: Made) -> bool:
+    def run(self, inputs: list[float], containers: tuple[object, ...], made: Made) -> bool:
         """Run the pass unless anything may have changed. Returns whether it was run."""
 
 

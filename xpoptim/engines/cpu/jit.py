@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import re
-from ctypes import PyDLL
 from functools import cache
 
 import llvmlite.binding as llvm
@@ -26,35 +23,24 @@ def _machine() -> llvm.TargetMachine:
     )
 
 
-def _link(assembly: str, library: PyDLL) -> None:
-    for name in re.findall(r"^declare .* @(\w+)", assembly, re.MULTILINE):
-        llvm.add_symbol(name, ctypes.cast(getattr(library, name), ctypes.c_void_p).value)
-
-
 class Module:
     """Compiled assembly; it stays loaded for as long as this object lives.
 
-    The functions named in ``subnormals`` compute with them, whatever the mode of the thread. ``library`` has those that
-    the assembly declares. ``vectorize=False`` compiles quickly what is in its final form.
+    The functions named in ``subnormals`` compute with them, whatever the mode of the thread.
     """
 
-    def __init__(
-        self, assembly: str, *, subnormals: tuple[str, ...] = (), vectorize: bool = True, library: PyDLL | None = None
-    ) -> None:
+    def __init__(self, assembly: str, *, subnormals: tuple[str, ...] = ()) -> None:
         with compiling:
             machine = _machine()
-            if library is not None:
-                _link(assembly, library)
             text = with_subnormals(assembly, subnormals) if flushes_subnormals() else assembly
             module = llvm.parse_assembly(text)
             module.triple = _target().triple
             module.data_layout = str(machine.target_data)
             module.verify()
-            if vectorize:
-                tuning = llvm.create_pipeline_tuning_options(speed_level=3)
-                tuning.loop_vectorization = tuning.loop_unrolling = True
-                passes = llvm.create_pass_builder(machine, tuning)
-                passes.getModulePassManager().run(module, passes)
+            tuning = llvm.create_pipeline_tuning_options(speed_level=3)
+            tuning.loop_vectorization = tuning.loop_unrolling = True
+            passes = llvm.create_pass_builder(machine, tuning)
+            passes.getModulePassManager().run(module, passes)
             self._engine = llvm.create_mcjit_compiler(module, machine)
             self._engine.finalize_object()
 

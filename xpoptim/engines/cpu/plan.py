@@ -22,7 +22,9 @@ from ...recipe.recipe import Traced
 from ...trace.program import Program
 from ...trace.sums import CHUNK, fold
 from ..base import Columns, Made, Watch
-from . import scan, thread_pool, threads
+from . import thread_pool, threads
+from .native import extension
+from .watch import Direct, NativeWatch, PlainWatch, Table
 
 _GRAIN = 1 << 14  # elements of a task at most, a multiple of CHUNK
 # So many at least where there are elements enough: what is left when one thread is through is little.
@@ -59,12 +61,13 @@ class _Pass:
 
     def __init__(self, kernel: Kernel) -> None:
         self.kernel, self._scalars = kernel, np.zeros(max(1, kernel.scalars))
-        self.scalars_at = self._scalars.ctypes.data
+        self._cursors = thread_pool.cursors()
+        self.scalars_at, self._cursors_at = self._scalars.ctypes.data, self._cursors.ctypes.data
         self.job_at = 0
 
-    def over(self, cursors: int, table: int, rows: int, total: int, sums: int) -> None:
+    def over(self, table: int, rows: int, total: int, sums: int) -> None:
         grain = min(_GRAIN, max(1, total // (_TASKS * CHUNK)) * CHUNK)
-        self._job = np.array([cursors, 0, table, rows, self.scalars_at, grain, total, sums], np.int64)
+        self._job = np.array([self._cursors_at, 0, table, rows, self.scalars_at, grain, total, sums], np.int64)
         self.job_at = self._job.ctypes.data
 
     def call(self, inputs: int) -> list[int]:
@@ -130,13 +133,11 @@ class Plan:
         }
         self._inputs: Any = (ctypes.c_double * len(self.recipe.inputs))()
         self._inputs_at = ctypes.addressof(self._inputs)
-        self._cursors = thread_pool.cursors()
-        self._cursors_at = self._cursors.ctypes.data
         for group in self._groups:
             table = self._table.ctypes.data + group.first * self._row_bytes
             sums = self._sums.ctypes.data + group.start // CHUNK * 8
             for one in group.passes.values():
-                one.over(self._cursors_at, table, len(group.leaves), group.total, sums)
+                one.over(table, len(group.leaves), group.total, sums)
         busy = [group for group in self._groups if group.elements]
         self._elements = sum(group.elements for group in busy)
         largest = max((group.elements for group in busy), default=0)
@@ -205,29 +206,18 @@ class Plan:
             count = piece.size * (_PIECE // step)
             row[0], row[1], row[HEADER + 1] = count, 0, piece.ctypes.data
             out = chunks[n * (_PIECE // CHUNK) :]
-            norm.over(self._cursors_at, row.ctypes.data, 1, _PIECE, out.ctypes.data)
+            norm.over(row.ctypes.data, 1, _PIECE, out.ctypes.data)
             thread_pool.Calls([norm.call(self._inputs_at)], count).run(ctypes.c_int64())
 
     # Running again
 
-    def watch(self, columns: Columns, keys: list[list[object]], copied: Iterable[int]) -> scan.Scanner | None:
-        if not scan.available():
-            return None
-        cells, lengths = self._cells()
-        for i in copied:
-            cells[1][i] = scan.nowhere()
-        return scan.Scanner(columns, keys, cells, lengths)
+    def watch(
+        self, columns: Columns, keys: list[list[object]], copied: Iterable[int]
+    ) -> NativeWatch | PlainWatch:
+        table, native = Table(self._table, self._rows, self._lengths, copied), extension()
+        return PlainWatch(columns, table) if native is None else NativeWatch(native, columns, keys, table)
 
-    def _cells(self) -> tuple[list[list[int]], list[tuple[int, int]]]:
-        """The addresses of the pointers, column by column, and of the lengths with these."""
-        base, width = self._table.ctypes.data, self._row_bytes
-        columns = [
-            [base + row * width + 8 * (HEADER + column) for row in self._rows]
-            for column in range(self._table.shape[1] - HEADER)
-        ]
-        return columns, [(base + row * width, length) for row, length in zip(self._rows, self._lengths, strict=True)]
-
-    def direct(self, watch: Watch, container: type) -> scan.Direct | None:
-        if self._calls.keys() != {"update"} or not isinstance(watch, scan.Scanner):
+    def direct(self, watch: Watch, container: type) -> Direct | None:
+        if self._calls.keys() != {"update"} or not isinstance(watch, NativeWatch):
             return None
-        return scan.Direct(watch, container, self._inputs, self._calls["update"], self._elements)
+        return Direct(watch, container, self._inputs, self._calls["update"], self._elements)

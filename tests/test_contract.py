@@ -42,7 +42,6 @@ from xpoptim.arrays.namespaces.libraries import Library
 from xpoptim.arrays.namespaces.lookup import library_of
 from xpoptim.engines import choose, reference
 from xpoptim.engines.cpu import plan as cpu_plan
-from xpoptim.engines.cpu import scan
 from xpoptim.step import stepper
 
 MISSING = (KeyError, ValueError)  # what a missing gradient raises
@@ -284,7 +283,6 @@ def test_a_container_of_nothing_but_empty_ones_needs_no_gradients(engine: str, b
         assert (state["step"], frozen_values(new)) == (2, frozen_values(params))
 
 
-@pytest.mark.skipif(not scan.available(), reason="NumPy's layout in memory is not known here")
 @pytest.mark.parametrize("bare", BARE, ids=str)
 def test_containers_of_nothing_do_not_hold_up_later_steps(bare: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A later step starts from the one before, whether the gradients have them or not."""

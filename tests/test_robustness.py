@@ -213,16 +213,18 @@ def test_layers_without_parameters() -> None:
 def test_control_c_finds_the_step_counted_if_it_was_made(
     made: bool, nested: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from xpoptim.engines.cpu import native
     from xpoptim.engines.cpu.plan import Plan
-    from xpoptim.engines.cpu.scan import Direct, Scanner
+    from xpoptim.engines.cpu.watch import Direct, NativeWatch, PlainWatch
 
     def container(value: float) -> Any:
         return {"layer": {"p": np.full(2, value)}} if nested else {"p": np.full(2, value)}
 
     opt, params = xo.Adam(), container(1.0)
     opt.update(params, container(1.0))
-    owner: Any = (Plan if made else Scanner) if nested else Direct
-    name = "unchanged" if nested and not made else "run"
+    watch = PlainWatch if native.missing() else NativeWatch
+    owner: Any = (Plan if made else watch) if nested or native.missing() else Direct
+    name = "unchanged" if owner is watch else "run"
     original = getattr(owner, name)
 
     def interrupted(self: Any, *arguments: Any) -> Any:

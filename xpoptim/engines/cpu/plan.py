@@ -211,9 +211,7 @@ class Plan:
 
     # Running again
 
-    def watch(
-        self, columns: Columns, keys: list[list[object]], copied: Iterable[int]
-    ) -> NativeWatch | PlainWatch:
+    def watch(self, columns: Columns, keys: list[list[object]], copied: Iterable[int]) -> NativeWatch | PlainWatch:
         table, native = Table(self._table, self._rows, self._lengths, copied), extension()
         return PlainWatch(columns, table) if native is None else NativeWatch(native, columns, keys, table)
 

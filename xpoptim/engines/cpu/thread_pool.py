@@ -82,10 +82,10 @@ class Calls:
         if native is not None:
             native.perform(*hired(self.work), self.count, self.at, ctypes.addressof(made))
         else:
-            from . import executor
+            from . import python_pool
 
             helpers = min(self.work.most_to_wake, get_num_threads() - 1)  # they sleep
-            executor.perform(helpers, self._calls, made)
+            python_pool.perform(helpers, self._calls, made)
         done()
 
 

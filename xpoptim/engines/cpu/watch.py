@@ -2,26 +2,24 @@
 
 A step must look at every array anew: an array can be resized or replaced at any time. From Python one look costs half a
 microsecond, which for a hundred small arrays is more than their whole update. So the extension looks, and in the usual
-case goes on to the kernels in the same call (`Direct`). Any difference sends the step back to the full checks in Python.
+case goes on to the kernels in the same call (`Direct`). Any difference sends the step back to the full checks.
 """
 
 from __future__ import annotations
 
 import ctypes
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from ...codegen.llvm.elementwise import HEADER
 from ..base import Columns, Made
 from . import thread_pool
-
-if TYPE_CHECKING:
-    from . import _native
+from .native import Extension
 
 _GRADIENTS = 1  # their column
 _WRITEABLE = 0x0400  # NPY_ARRAY_WRITEABLE
@@ -101,7 +99,7 @@ def _looks(column: list[np.ndarray]) -> list[list[object]]:
     return [[*map(look, column)] for look in (_layout, _flags, _address)]
 
 
-def _address(array: np.ndarray) -> int:
+def _address(array: Any) -> int:
     try:
         return ctypes.addressof(ctypes.c_char.from_buffer(array))  # in a third of the time
     except (TypeError, ValueError):  # read-only, not in C order, empty, or of a dtype that no buffer has
@@ -111,7 +109,7 @@ def _address(array: np.ndarray) -> int:
 class NativeWatch:
     """Looks at the arrays through the extension: ``native.c`` describes the memory that is laid out here."""
 
-    def __init__(self, native: _native, columns: Columns, keys: list[list[object]], table: Table) -> None:
+    def __init__(self, native: Extension, columns: Columns, keys: list[list[object]], table: Table) -> None:
         self.native, self.columns, leaves = native, len(columns), len(columns[0])
         width = 2 * max((array.ndim for column in columns for array in column if array is not None), default=0)
         axes = np.zeros((len(columns), leaves, width), np.int64)
@@ -143,7 +141,7 @@ class Direct:
     """A whole step as one call: `NativeWatch.unchanged` for the containers themselves, not for lists of what they
     hold, and then the kernels.
 
-    ``container`` is the type of parameters and gradients, dict or list; ``inputs`` are what the kernels read theirs from.
+    ``container`` is the type of parameters and gradients, dict or list; ``inputs`` is what the kernels read from.
     """
 
     def __init__(

@@ -1,40 +1,59 @@
-"""Jobs in threads of Python's, where there is no extension. Kernels run without the interpreter's lock."""
+"""Jobs in threads of Python's, where there is no extension. Kernels run without the interpreter's lock.
+
+Callers and helpers meet in a `queue.SimpleQueue` and in lists. Those are whole whenever a signal handler raises or a
+finalizer steps another optimizer; the executors of `concurrent.futures` are not, and may then wait for ever.
+"""
 
 from __future__ import annotations
 
+import _thread
 import os
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from ctypes import CFUNCTYPE, c_int64, c_void_p, memset
-from functools import cache
-from threading import Semaphore
+from queue import SimpleQueue
 
 from ..base import Made
-from .thread_pool import MOST, SHARE
+from .thread_pool import SHARE
 
 # What Python says where it starts no thread: the system has none left, or the interpreter shuts down.
-_REFUSALS = (
-    "can't start new thread",
-    "can't create new thread at interpreter shutdown",
-    "cannot schedule new futures after interpreter shutdown",
-)
+_REFUSALS = ("can't start new thread", "can't create new thread at interpreter shutdown")
 _PROLOGUE = CFUNCTYPE(None, c_void_p, c_void_p)
 _RUN = CFUNCTYPE(None, c_void_p, c_int64)
 
+_waiting: SimpleQueue[Callable[[], None]] = SimpleQueue()  # for a helper
+_helpers: list[int] = []  # identifiers of their threads
 
-@cache
-def _executor() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(MOST, "xpoptim")
+
+def _after_fork() -> None:
+    """The parent's threads do not exist in a child."""
+    global _waiting, _helpers
+    _waiting, _helpers = SimpleQueue(), []
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_executor.cache_clear)  # the parent's threads do not exist in a child
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def _serve(waiting: SimpleQueue[Callable[[], None]]) -> None:
+    while True:
+        waiting.get()()
+
+
+def _invite(help_out: Callable[[], None], helpers: int) -> None:
+    try:
+        while len(_helpers) < helpers:
+            _helpers.append(_thread.start_new_thread(_serve, (_waiting,)))
+    except RuntimeError as error:
+        if str(error) not in _REFUSALS:
+            raise  # a signal handler's
+    for _ in range(helpers):
+        _waiting.put(help_out)
 
 
 class _Job:
     """A job with its scalars made and its cursors at their start. It is over when a worker comes back from it.
 
-    To run it once more does nothing then: its workers take pieces from cursors.
+    To run it once more does nothing then: its workers take pieces by cursors.
     """
 
     def __init__(self, call: Sequence[int], helpers: int) -> None:
@@ -46,13 +65,14 @@ class _Job:
         memset(head[0], 0, (helpers + 1) * SHARE)
         self._run: Callable[[int, int], None] = _RUN(run)
         self._open = True
-        self._begun: list[int] = []
+        self._workers = list(range(helpers, 0, -1))  # not yet taken by a helper
+        self._begun: list[int] = []  # as many as helpers: to append is one step, to count would not be
         self._ended: list[int] = []
-        self._end = Semaphore(0)
+        self._wake: SimpleQueue[int] = SimpleQueue()
 
     def run(self, helpers: int) -> None:
         try:
-            _submit(self._help, range(1, helpers + 1))
+            _invite(self._help, helpers)
             self._run(self._at, 0)
         finally:
             try:
@@ -61,27 +81,18 @@ class _Job:
                 self._close()
                 raise
 
-    def _help(self, worker: int) -> None:
-        self._begun.append(worker)  # before it looks whether the job is open
+    def _help(self) -> None:
+        self._begun.append(1)  # before it looks whether the job is open
         if self._open:
-            self._run(self._at, worker)
-        self._ended.append(worker)
-        self._end.release()
+            self._run(self._at, self._workers.pop())
+        self._ended.append(1)
+        self._wake.put(1)
 
     def _close(self) -> None:
         """Call off what no helper has begun, and wait for what one has."""
         self._open = False
         while len(self._ended) < len(self._begun):
-            self._end.acquire()
-
-
-def _submit(function: Callable[[int], None], workers: Iterable[int]) -> None:
-    try:
-        for worker in workers:
-            _executor().submit(function, worker)
-    except RuntimeError as error:
-        if str(error) not in _REFUSALS:
-            raise  # a signal handler's
+            self._wake.get()
 
 
 def perform(helpers: int, calls: Iterable[Sequence[int]], made: Made) -> None:

@@ -63,6 +63,9 @@ class Engine:
     def obstacle(self, leaf: Any) -> str:
         return ""
 
+    def remark(self) -> str:
+        return ""
+
     def stageable(self, leaf: Any) -> bool:
         return False
 

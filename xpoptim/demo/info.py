@@ -19,6 +19,7 @@ import numpy as np
 
 import xpoptim as xo
 
+from ..engines.cpu import native
 from . import EXTRA, one_line
 
 CUPY = "pip install '.[cuda13]' or '.[cuda12]' in xpoptim's source folder, for the CUDA version of your driver"
@@ -145,7 +146,8 @@ def step_on(xp: ModuleType, engine: str) -> str:
 
 def fused_cpu() -> str:
     load_llvmlite()
-    return step_on(np, "fused") or "usable: NumPy arrays"
+    remark = f", {native.WITHOUT}: {native.missing()}" if native.missing() else ""
+    return step_on(np, "fused") or f"usable: NumPy arrays{remark}"
 
 
 def fused_cuda(cuda: Row) -> Row:

@@ -19,6 +19,7 @@ from rich.text import Text
 import xpoptim as xo
 
 from ..engines.choose import selected
+from ..engines.cpu import native
 from . import DemoError, pictures, surface, training
 from .training import Backend, Curve, OnStep, Result
 
@@ -33,6 +34,8 @@ def main_job(backend_name: str, seed: int, out: Path, steps: int) -> None:
     console = make_console()
     data = training.load_digits(backend.xp, seed)
     console.print(introduction(backend, data), highlight=False)
+    if native.missing():
+        console.print(f"This runs {native.WITHOUT}: {native.missing()}.", highlight=False, markup=False)
     with progress_of(console, steps) as reporter:
         results = []
         for entry in training.ENTRIES:

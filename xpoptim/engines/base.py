@@ -143,6 +143,9 @@ class KernelEngine(Engine, Protocol[_A]):
     def obstacle(self, leaf: Leaf) -> str:
         """Why no kernel can work on a leaf's arrays as they are, or an empty string."""
 
+    def remark(self) -> str:
+        """What users should know of how kernels run here, or an empty string."""
+
     def stageable(self, leaf: Leaf) -> bool:
         """Whether a kernel can work on dense copies of them."""
 

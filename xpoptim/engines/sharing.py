@@ -56,10 +56,11 @@ def served(recipe: Recipe, leaf: Leaf, with_gradient: bool) -> tuple[str, str]:
     kernels, reason = _kernels(recipe, leaf)
     if reason:
         return ("staged", f"{reason}: through dense copies") if kernels else ("reference", reason)
+    remark = f"; {kernels.remark()}" if kernels and kernels.remark() else ""
     if replaced(leaf):
         kind = "a NumPy scalar" if isinstance(leaf.given, np.generic) else "a Python float"
-        return "fused", f"{kind}, through an array of its own; replaced in its container"
-    return "fused", f"dense {leaf.library.title} arrays of equal layout"
+        return "fused", f"{kind}, through an array of its own; replaced in its container{remark}"
+    return "fused", f"dense {leaf.library.title} arrays of equal layout{remark}"
 
 
 def _kernels(recipe: Recipe, leaf: Leaf) -> tuple[KernelEngine | None, str]:

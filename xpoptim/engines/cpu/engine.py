@@ -13,6 +13,7 @@ from ...recipe.recipe import Traced
 from ...trace.program import BlockProgram
 from ..base import Keeper, KernelEngine
 from .blocks import BlockKernel
+from .native import WITHOUT, missing
 from .plan import Plan
 
 _NO_FLOAT16 = "this CPU has no instructions for float16"
@@ -40,6 +41,9 @@ class _CPU:
                 str(a.strides) for a in (leaf.g, leaf.p) if a is not None
             )
         return ""
+
+    def remark(self) -> str:
+        return WITHOUT if missing() else ""
 
     def stageable(self, leaf: Leaf[np.ndarray]) -> bool:
         return "float16" not in (leaf.dtype, leaf.g_dtype) or _half_precision()

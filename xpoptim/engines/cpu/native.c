@@ -3,7 +3,9 @@
  * the kernels are machine code of LLVM's. With POOL_ALONE defined there are the threads only, without Python: so
  * they are put to the test under sanitizers.
  */
+#ifndef _GNU_SOURCE
 #define _GNU_SOURCE
+#endif
 #include <pthread.h>
 #include <sched.h>
 #include <signal.h>

@@ -6,11 +6,17 @@ import os
 import warnings
 from functools import cache
 from importlib import import_module
+from pathlib import Path
 from typing import Protocol, cast
 
 from ..base import Columns
 
-_NOT_BUILT = "this installation was built without it, as where there is no C compiler or Python is free-threaded"
+_NOT_BUILT = (
+    "this is a source folder: what pip installs has it, pip install -e . puts it here"
+    if Path(__file__).with_name("native.c").exists()
+    else "it was not built when xpoptim was installed, as where there is no C compiler, or on a free-threaded Python"
+)
+WITHOUT = "without the extension, so more slowly"
 
 
 class Extension(Protocol):

@@ -13,7 +13,7 @@ from ctypes import CFUNCTYPE, c_int64, c_void_p, memset
 from queue import SimpleQueue
 
 from ..base import Made
-from .thread_pool import SHARE
+from .threads import SHARE
 
 # What Python says where it starts no thread: the system has none left, or the interpreter shuts down.
 _REFUSALS = ("can't start new thread", "can't create new thread at interpreter shutdown")

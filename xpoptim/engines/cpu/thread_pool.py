@@ -18,11 +18,10 @@ import time
 import numpy as np
 
 from ..base import Made
+from . import python_pool
 from .native import extension
-from .threads import available, get_num_threads
+from .threads import MOST, SHARE, available, get_num_threads
 
-MOST = 64  # workers: the bandwidth of the memory is spent long before
-SHARE = 64  # bytes between the cursors of two workers: a cache line
 _CALL = 5  # fields of a call
 # Elements for each worker, at least: with helpers that must be woken (about 50 µs), and with helpers that are awake.
 _WORTH_WAKING, _WORTH_SHARING = 1 << 17, 1 << 15
@@ -82,8 +81,6 @@ class Calls:
         if native is not None:
             native.perform(*hired(self.work), self.count, self.at, ctypes.addressof(made))
         else:
-            from . import python_pool
-
             helpers = min(self.work.most_to_wake, get_num_threads() - 1)  # they sleep
             python_pool.perform(helpers, self._calls, made)
         done()

@@ -7,6 +7,9 @@ import os
 import threading
 from functools import cache
 
+MOST = 64  # workers of a job: the bandwidth of the memory is spent long before
+SHARE = 64  # bytes between the cursors of two workers: a cache line
+
 # Held while anything is compiled; across a fork, so that a child never begins in the middle of a compilation; and from
 # exit on, so that no daemon thread compiles while the process takes LLVM down, which would crash it.
 compiling = threading.RLock()

@@ -33,6 +33,9 @@ class _CUDA:
             return f"its gradient is real ({leaf.g_dtype}) and it is complex"
         return "" if dense_alike(arrays) else "its arrays are not dense, or differ in layout"
 
+    def remark(self) -> str:
+        return ""
+
     def stageable(self, leaf: Leaf[CuPyArray]) -> bool:
         return True  # CuPy's own arithmetic would flush subnormals
 

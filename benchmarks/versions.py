@@ -60,11 +60,14 @@ DROPOUTS = {"Dropout, 100 × 50": ((100, 50), 100), "Dropout, 1,000 × 1,000": (
 
 
 def load(commit: str, folder: str) -> Any:
-    """The package as it was at a commit, under the name ``xpoptim_before``."""
-    archive = subprocess.run(["git", "archive", commit, "xpoptim"], cwd=ROOT, check=True, stdout=subprocess.PIPE)
+    """The package as it was at a commit, installed for itself and imported under the name ``xpoptim_before``."""
+    archive = subprocess.run(["git", "archive", commit], cwd=ROOT, check=True, stdout=subprocess.PIPE)
+    source, target = Path(folder) / "source", Path(folder) / "installed"
     with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as tar:
-        tar.extractall(folder, filter="data")
-    package = Path(folder) / "xpoptim"
+        tar.extractall(source, filter="data")
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target), str(source)]
+    subprocess.run(pip, check=True)
+    package = target / "xpoptim"
     spec = importlib.util.spec_from_file_location(
         "xpoptim_before", package / "__init__.py", submodule_search_locations=[str(package)]
     )

@@ -161,10 +161,10 @@ from xpoptim.engines.cpu.jit import Module
 module = Module("define void @nothing(ptr %job, i64 %worker) { ret void }")
 def perform(most):
     # A job with at most so many helpers; how many workers there were.
-    cursors = thread_pool.cursors()
+    cursors, made = thread_pool.cursors(), ctypes.c_int64()
     job = np.array([cursors.ctypes.data, 0], np.int64)
     call = np.array([0, 0, 0, module.address("nothing"), job.ctypes.data], np.int64)
-    native.extension().perform(most, 0, 1, call.ctypes.data, ctypes.addressof(ctypes.c_int64()))
+    native.extension().perform(most, 0, 1, call.ctypes.data, ctypes.addressof(made))
     return int(job[1])
 """
 

@@ -50,6 +50,8 @@ class CustomBuildHook(BuildHookInterface):
 def _unsupported() -> str:
     if sys.implementation.name != "cpython" or sysconfig.get_config_var("Py_GIL_DISABLED"):
         return f"it is for CPython with a global lock, not {sys.version.split(' [')[0]}"
+    if sys.maxsize < 2**32:
+        return "it is for 64 bits"
     return "" if os.name == "posix" else f"it needs POSIX threads, which {sys.platform} has not"
 
 

@@ -205,13 +205,15 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--no-once", action="store_true", help="leave out first step and import")
     parser.add_argument("--against", metavar="COMMIT", help="only compare with the package at another commit")
-    parser.add_argument("--case", default="", help="of --against: only the cases with this in their names")
+    parser.add_argument("--without-extension", action="store_true", help="only compare with the package without it")
+    parser.add_argument("--case", default="", help="of these two: only the cases with this in their names")
     asked = parser.parse_args()
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: asked.threads])
     report: dict[str, Any] = {"circumstances": circumstances(asked.threads)}
-    if asked.against:
-        report["against"] = {asked.against: versions.against(asked.against, asked.threads, asked.case)}
+    if asked.against or asked.without_extension:
+        found = versions.against(asked.against, asked.threads, asked.case)
+        report["against"] = {asked.against or "without the extension": found}
         write(report, asked.out)
         return
     report["once"] = {} if asked.no_once else once()

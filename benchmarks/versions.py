@@ -1,4 +1,7 @@
-"""This package against another commit of it, in one process: ``python benchmarks/compare.py --against COMMIT``.
+"""This package against another commit of it, or against itself without its extension, in one process::
+
+    python benchmarks/compare.py --against COMMIT
+    python benchmarks/compare.py --without-extension
 
 Both are imported, the other one under another name, and take turns in blocks of steps, so that slow drifts of the
 machine meet both. The ratio of each round's medians is new to old. Rounds are added until the 95 % interval of the
@@ -10,6 +13,7 @@ from __future__ import annotations
 import gc
 import importlib.util
 import io
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -67,14 +71,26 @@ def load(commit: str, folder: str) -> Any:
         tar.extractall(source, filter="data")
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target), str(source)]
     subprocess.run(pip, check=True)
-    package = target / "xpoptim"
+    return imported("xpoptim_before", target / "xpoptim")
+
+
+def without_extension(folder: str) -> Any:
+    """A copy of this package that has none, under the name ``xpoptim_without``."""
+    import xpoptim
+
+    target = Path(folder) / "xpoptim"
+    shutil.copytree(Path(xpoptim.__file__).parent, target, ignore=shutil.ignore_patterns("_native.*", "__pycache__"))
+    return imported("xpoptim_without", target)
+
+
+def imported(name: str, package: Path) -> Any:
     spec = importlib.util.spec_from_file_location(
-        "xpoptim_before", package / "__init__.py", submodule_search_locations=[str(package)]
+        name, package / "__init__.py", submodule_search_locations=[str(package)]
     )
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["xpoptim_before"] = module
+    sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
 
@@ -166,13 +182,16 @@ def interval(values: list[float]) -> tuple[float, float]:
     return values[max(0, floor(n / 2 - reach))], values[min(n - 1, ceil(n / 2 + reach))]
 
 
-def against(commit: str, threads: int, only: str = "") -> dict[str, dict[str, float]]:
-    """Every case whose name has ``only`` in it, with this package as the new one."""
-    import xpoptim as new
+def against(commit: str | None, threads: int, only: str = "") -> dict[str, dict[str, float]]:
+    """Every case whose name has ``only`` in it: this package as the new one, and as the old one that at the commit.
+
+    If it is None, this package is the old one, and that without the extension the new one.
+    """
+    import xpoptim as here
 
     found: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        old = load(commit, folder)
+        old, new = (load(commit, folder), here) if commit else (here, without_extension(folder))
         for xo in (old, new):
             xo.set_num_threads(threads)
         for cases, timed in ((CASES, stepping), (APART, applying)):

@@ -44,6 +44,8 @@ typedef struct {
 #endif
 } helper;
 
+_Static_assert(sizeof(void *) == 8, "the tables that Python makes have fields of 64 bits");
+
 static struct { _Atomic int64_t count; _Atomic int making; helper all[MOST_WORKERS - 1]; } pool;
 
 static int64_t now(void) {

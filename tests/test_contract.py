@@ -13,12 +13,13 @@ import warnings
 import weakref
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple
 from unittest import mock
 
 import array_api_strict
 import numpy as np
 import pytest
+from annotated_types import Ge
 from helpers import (
     BFLOAT16,
     DTYPES,
@@ -2201,7 +2202,7 @@ def test_source_of_nonsense() -> None:
 
 
 class Mine(xo.Optimizer):
-    lr: float = 1e-2
+    lr: Annotated[xo.Hyper, Ge(0)] = 1e-2
     beta: float = 0.9
     slots = ("m",)
 

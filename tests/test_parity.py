@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import strategies
 from helpers import (
     COMPLEX_DTYPES,
     DTYPES,
@@ -550,7 +551,7 @@ def problems(draw: st.DrawFn) -> tuple[str, dict[str, Any], int, list[tuple], in
     special = draw(st.sampled_from([0.0, 0.0, 0.1, 0.6]))
     return (
         name,
-        options,
+        options | draw(strategies.hyperparameters(getattr(xo, name))),
         draw(st.integers(1, 3)),
         specs,
         draw(st.integers(1, 3)),

@@ -18,6 +18,7 @@ pytestmark = pytest.mark.smoke
 NAMES = {
     *CASES,
     "Dropout",
+    "Hyper",
     "dropout",
     "Optimizer",
     "TraceError",

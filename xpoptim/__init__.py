@@ -7,11 +7,13 @@ from .engines.cpu.threads import get_num_threads, set_num_threads
 from .errors import TraceError
 from .optimizer import Optimizer
 from .optimizers import *  # noqa: F403
+from .recipe.hyperparameters import Hyper
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Dropout",
+    "Hyper",
     "Optimizer",
     "TraceError",
     "dropout",

@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any, Self, TypeVar
+from typing import Any, ClassVar, Literal, Self, TypeAlias, TypeVar
 
-from .arrays.dtypes import COMPLEX_DTYPES, REAL_DTYPES
+from .arrays.dtypes import COMPLEX_DTYPES, REAL_DTYPES, ComplexName, RealName
 from .errors import habits
-from .recipe import hyperparameters
 from .recipe.declaration import Declaration
+from .recipe.hyperparameters import NonNegative, Positive, PositiveOrInfinite
 from .step.report import Report
 from .step.state import (
     State,
@@ -26,16 +26,18 @@ from .sync.guard import Guard, exclusive
 from .trace.program import Program
 
 _P = TypeVar("_P")
+Code: TypeAlias = Literal["graph", "llvm", "cuda"]
+DTypeName: TypeAlias = RealName | ComplexName
 
 
-class Optimizer(Declaration, options=True):
+class Optimizer(Declaration, options=True, kw_only=True):
     """Base class of all optimizers, and of your own.
 
     A subclass declares its hyperparameters as annotated fields with defaults, its slots, and its rule::
 
         class Mine(xo.Optimizer):
-            lr: float = 1e-2
-            beta: float = 0.9
+            lr: xo.Hyper = 1e-2
+            beta: Annotated[xo.Hyper, Interval(ge=0, lt=1)] = 0.9
             slots = ("m",)
 
             @staticmethod
@@ -43,13 +45,22 @@ class Optimizer(Declaration, options=True):
                 m = beta * m + (1 - beta) * g
                 return p - lr * xp.sign(m), m
 
+    A field is a number or a schedule, a function ``step -> float`` that is given 0 at the first update; both may be
+    assigned at any time (``opt.lr = 1e-4``). ``xo.Hyper`` says so to type checkers, for which one annotated ``float``
+    takes no schedule, and which want ``opt.lr *= 0.5`` only where they know that it is a float. Numbers are finite. A
+    narrower range is declared with ``annotated_types`` (``Ge``, ``Gt``, ``Le``, ``Lt``, ``Interval``), and one that
+    includes infinity, as ``Le(math.inf)``, allows that. Fields are arguments of the constructor, by position too unless
+    the class says so, ``class Mine(xo.Optimizer, kw_only=True)``. To give an inherited one another default, assign it
+    without an annotation.
+
     ``slots`` is a tuple of names (arrays that start at zero) or a mapping from names to a start value or to a
     function of the parameter. The rule is one pure, elementwise function. It gets ``xp`` (the operations it may use),
     the parameter, the gradient and the slots, and by keyword the hyperparameters it names, and ``t``, the 1-based
-    count of the step, if it names that; it returns the new parameter and the new slots. Fields annotated ``bool``
-    are static: a rule may branch on them, and on nothing else (``xp.where`` chooses between values). A rule is traced
-    once for each optimizer, in its first step, and again when a static field or an option that changes the program is
-    assigned: what it takes from outside, a helper, a global or a closure, is fixed then, on every engine.
+    count of the step, if it names that; it returns the new parameter and the new slots. Fields annotated ``bool`` or
+    ``Literal[...]`` are static: a rule may branch on them, and on nothing else (``xp.where`` chooses between values).
+    A rule is traced once for each optimizer, in its first step, and again when a static field or an option that
+    changes the program is assigned: what it takes from outside, as a helper or a global, is fixed then, on every
+    engine.
 
     A complex array goes through the rule as its real and its imaginary part, each on its own. Its gradient is
     ``dL/d(re) + 1j*dL/d(im)``, as torch gives it: pass that as it comes. JAX and HIPS autograd give the conjugate: pass
@@ -66,25 +77,6 @@ class Optimizer(Declaration, options=True):
     A class with ``fused = False`` has a rule of plain Array API code instead, which may do more than elementwise
     operations (``xp`` is then the arrays' namespace) and is run as it stands.
 
-    The options of every optimizer, keyword-only:
-
-    weight_decay : float or schedule, default 0.0
-        L2 decay, added to the gradient, or, if ``decoupled``, ``p *= 1 - lr*weight_decay`` ahead of the rule.
-    clip_norm : float or schedule, optional
-        Scale all gradients by ``min(1, clip_norm/norm)``, with their global L2 norm. A non-finite norm raises
-        ``FloatingPointError`` before anything is written; so does one beyond about 1.3e154, whose square overflows
-        float64, though all gradients are finite. ``float("inf")`` checks that much and never scales.
-    clip_value : float or schedule, optional
-        Clamp every gradient element (each part of a complex one) into ``[-clip_value, clip_value]``.
-    maximize : bool, default False
-        Ascend instead of descend.
-    capturable : bool, default False
-        For CuPy arrays: keep the step count and the scalars on the GPU, so that `update` can be captured in a CUDA
-        graph; see `prepare_replay`. NumPy arrays are served as ever.
-
-    Every float may be a schedule, a function ``step -> float`` that is given 0 at the first update, and may be assigned
-    at any time (``opt.lr = 1e-4``).
-
     >>> import numpy as np, xpoptim as xo
     >>> class Mine(xo.Optimizer):
     ...     lr: float = 1e-2
@@ -98,18 +90,36 @@ class Optimizer(Declaration, options=True):
     >>> Mine(lr=0.5).update(params, {"W": np.array([3.0, -4.0])})
     >>> params["W"]
     array([0.5, 2.5])
+
+    Other Parameters
+    ----------------
+    weight_decay : float or schedule, default 0.0
+        L2 decay, at least 0: ``weight_decay*p`` is added to the gradient.
+    decoupled : bool, default False
+        The decay is ``p *= 1 - lr*weight_decay`` ahead of the rule instead.
+    clip_norm : float, schedule or None, default None
+        Above 0. Scale all gradients by ``min(1, clip_norm/norm)``, with their global L2 norm. A non-finite norm raises
+        ``FloatingPointError`` before anything is written; so does one beyond about 1.3e154, whose square overflows
+        float64, though all gradients are finite. ``float("inf")`` checks that much and never scales. None: off.
+    clip_value : float, schedule or None, default None
+        Above 0. Clamp every gradient element (each part of a complex one) to ``[-clip_value, clip_value]``. None: off.
+    maximize : bool, default False
+        Ascend instead of descend.
+    capturable : bool, default False
+        For CuPy arrays: keep the step count and the scalars on the GPU, so that `update` can be captured in a CUDA
+        graph; see `prepare_replay`. NumPy arrays are served as ever.
     """
 
-    weight_decay: float = 0.0
+    weight_decay: NonNegative = 0.0
     decoupled: bool = False
-    clip_norm: float | None = None
-    clip_value: float | None = None
+    clip_norm: PositiveOrInfinite | None = None
+    clip_value: Positive | None = None
     maximize: bool = False
     capturable: bool = False
 
-    # Of the object; with leading underscores, so no hyperparameters.
-    _stepper: Stepper
-    _guard: Guard
+    # Of the object; but to type checkers other annotated names are arguments of the constructor.
+    _stepper: ClassVar[Stepper]
+    _guard: ClassVar[Guard]
 
     def __new__(cls, *args: object, **kwargs: object) -> Self:
         new = super().__new__(cls)
@@ -181,7 +191,7 @@ class Optimizer(Declaration, options=True):
             object.__setattr__(self, name, value)
 
     def _settings(self) -> dict[str, object]:
-        return {name: getattr(self, name) for name in (*self._fields, *self._options)}
+        return {name: getattr(self, name) for name in self._declared}
 
     @exclusive
     def __copy__(self) -> Optimizer:
@@ -305,8 +315,8 @@ class Optimizer(Declaration, options=True):
         ('xpoptim.SGD', 0.5)
         """
         name, state = type(self).__name__, self._stepper.copied()
-        step = state["step"]
-        values = {n: hyperparameters.at(name, n, getattr(self, n), step) for n in (*self._fields, *self._options)}
+        step, names = state["step"], (*self._hyperparameters, *self._options)
+        values = {n: self._declared[n].at(name, n, getattr(self, n), step) for n in names}
         return {
             "class": public_name(type(self)),
             "hyperparameters": values,
@@ -357,7 +367,7 @@ class Optimizer(Declaration, options=True):
         """
         return self._stepper.explain(self, params, grads)
 
-    def source(self, kind: str, dtype: str = "float32", grad_dtype: str | None = None) -> Source:
+    def source(self, kind: Code, dtype: DTypeName = "float32", grad_dtype: DTypeName | None = None) -> Source:
         """The traced program (``"graph"``), or the code made of it (``"llvm"``, ``"cuda"``), for one parameter dtype.
 
         >>> import xpoptim as xo

@@ -463,15 +463,15 @@ class Dropout:
     def _set(self, **settings: Any) -> None:
         self._state.change(lambda state: state._replace(settings=state.settings._replace(**settings)))
 
-    def __setattr__(self, name: str, value: object) -> None:
-        settable = ("dropout_ratio", "inverted", "broadcast_axes")
-        if name not in settable and not name.startswith("_"):
-            raise AttributeError(
-                f"{type(self).__name__}.{name} cannot be set; {', '.join(settable)} can{_hint(name, settable)}"
-            )
-        super().__setattr__(name, value)
-
     if not TYPE_CHECKING:  # a checker would take any name for granted
+
+        def __setattr__(self, name: str, value: object) -> None:
+            settable = ("dropout_ratio", "inverted", "broadcast_axes")
+            if name not in settable and not name.startswith("_"):
+                raise AttributeError(
+                    f"{type(self).__name__}.{name} cannot be set; {', '.join(settable)} can{_hint(name, settable)}"
+                )
+            super().__setattr__(name, value)
 
         def __getattr__(self, name: str) -> Any:
             if name in _ELSEWHERE:

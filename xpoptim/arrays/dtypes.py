@@ -5,10 +5,14 @@ To add one: a line here, and how it is stored and loaded in `codegen/llvm/elemen
 
 from __future__ import annotations
 
+from typing import Literal, TypeAlias, get_args
+
 import numpy as np
 
-REAL_DTYPES = ("float16", "bfloat16", "float32", "float64")
-COMPLEX_DTYPES = ("complex64", "complex128")
+RealName: TypeAlias = Literal["float16", "bfloat16", "float32", "float64"]
+ComplexName: TypeAlias = Literal["complex64", "complex128"]
+REAL_DTYPES: tuple[str, ...] = get_args(RealName)
+COMPLEX_DTYPES: tuple[str, ...] = get_args(ComplexName)
 PART = {"complex64": "float32", "complex128": "float64"}  # the dtype of a complex number's parts
 
 

@@ -19,6 +19,7 @@ import numpy as np
 
 import xpoptim as xo
 
+from ..engines.choose import Choice, selected
 from ..engines.cpu import native
 from . import EXTRA, one_line
 
@@ -134,7 +135,7 @@ def engines(cuda: Row) -> list[Row]:
     ]
 
 
-def step_on(xp: ModuleType, engine: str) -> str:
+def step_on(xp: ModuleType, engine: Choice) -> str:
     """Make one step and check what comes out; nothing to say if it is right."""
     params = {"W": xp.ones(3, dtype="float32")}
     with xo.engine(engine):
@@ -206,8 +207,6 @@ def threads() -> str:
 
 
 def chosen_engine() -> str:
-    from ..engines.choose import selected
-
     source = "from XPOPTIM_ENGINE" if os.environ.get("XPOPTIM_ENGINE") else "the default"
     return f'"{selected()}", {source}'
 

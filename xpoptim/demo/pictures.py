@@ -14,6 +14,7 @@ from matplotlib.figure import Figure  # drawn by Agg, without pyplot: no display
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, NullFormatter, PercentFormatter
 
+from .. import Hyper
 from . import training
 from .surface import START, UPDATES, height
 from .training import Curve, Result
@@ -94,7 +95,7 @@ def surface(file: Path) -> None:
         figure.savefig(file)
 
 
-def paths(file: Path, ways: dict[str, list[tuple[float, float]]], rates: dict[str, float]) -> None:
+def paths(file: Path, ways: dict[str, list[tuple[float, float]]], rates: dict[str, Hyper]) -> None:
     """The valley from above with the way of each optimizer, one panel each."""
     x, y = np.meshgrid(np.linspace(-9.5, 9.5, 201), np.linspace(-5, 5, 201))
     levels = np.linspace(0, 5.6, 15) ** 2 / 1.05  # even steps of the root: even rings
@@ -115,7 +116,7 @@ def paths(file: Path, ways: dict[str, list[tuple[float, float]]], rates: dict[st
             )
             axes.plot(*START, marker="s", color=INK, markersize=7, markeredgecolor="white", zorder=5)
             axes.annotate("start", START, (-8, 8), textcoords="offset points", ha="right", path_effects=halo)
-            axes.set_title(f"{name}, learning rate {rates[name]:g}", color=COLOURS[name])
+            axes.set_title(f"{name}, learning rate {rates[name]}", color=COLOURS[name])
             end = f"z = {height(*points[-1]):.2g} at the end"
             axes.text(0.98, 0.04, end, transform=axes.transAxes, ha="right", path_effects=halo)
             axes.set(xlim=(-9.5, 9.5), ylim=(-5, 5), xticks=range(-8, 9, 4), yticks=range(-4, 5, 2))

@@ -15,6 +15,7 @@ import numpy as np
 
 import xpoptim as xo
 
+from ..engines.choose import Choice
 from . import DemoError, one_line, plain
 from .network import Array, Network
 
@@ -203,7 +204,7 @@ def compare(backend: Backend, entry: Entry, data: Data, seed: int, steps: int, o
     plain_params = {key: value.copy() for key, value in network.params.items()}
     optimizer, plain_optimizer = entry.make(entry.lr), entry.make_plain(entry.lr, xp)
     # On NumPy insist on the fused engine, so that the table cannot call something else by that name.
-    engine = "fused" if backend.name == "numpy" else "auto"
+    engine: Choice = "fused" if backend.name == "numpy" else "auto"
     result = Result(entry.name, entry.lr)
     result.arrays, result.parameters = len(plain_params), sum(value.size for value in plain_params.values())
     measured = measured_steps(steps, logarithmic=True)

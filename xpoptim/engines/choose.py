@@ -6,8 +6,10 @@ import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
+from typing import Literal, TypeAlias, get_args
 
-CHOICES = ("auto", "fused", "reference")
+Choice: TypeAlias = Literal["auto", "fused", "reference"]
+CHOICES: tuple[str, ...] = get_args(Choice)
 
 _chosen: ContextVar[str | None] = ContextVar("xpoptim_engine", default=None)
 _from_environment: str | None = None
@@ -30,7 +32,7 @@ def selected() -> str:
     return _from_environment
 
 
-def engine(name: str) -> AbstractContextManager[None]:
+def engine(name: Choice) -> AbstractContextManager[None]:
     """Choose the engine for the updates made inside the ``with`` block (in this thread or task).
 
     ``"auto"`` (the default) runs a fused kernel for every leaf that can have one and the reference for the others;

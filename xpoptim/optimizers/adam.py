@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..optimizer import Optimizer
+from ..recipe.hyperparameters import Fraction, NonNegative
 
 
 class Adam(Optimizer):
@@ -16,6 +17,17 @@ class Adam(Optimizer):
     The book, Chainer, thinc and Keras have this form. torch and optax add eps to the *corrected* root instead, so
     that theirs is larger by ``1/sqrt(1-beta2**t)`` in early steps.
 
+    Parameters
+    ----------
+    lr : float or schedule, default 0.001
+        The learning rate, at least 0.
+    beta1 : float or schedule, default 0.9
+        What the mean of gradients keeps in a step, at least 0 and below 1.
+    beta2 : float or schedule, default 0.999
+        What the mean of squares keeps in a step, at least 0 and below 1.
+    eps : float or schedule, default 1e-07
+        Added to the root, so that nothing is divided by 0; at least 0.
+
     >>> import numpy as np, xpoptim as xo
     >>> params = {"W": np.array([1.0, 1.0])}
     >>> xo.Adam(lr=0.1, eps=0).update(params, {"W": np.array([3.0, -0.5])})
@@ -23,10 +35,10 @@ class Adam(Optimizer):
     array([0.9, 1.1])
     """
 
-    lr: float = 0.001
-    beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float = 1e-7
+    lr: NonNegative = 0.001
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.999
+    eps: NonNegative = 1e-7
     slots = ("m", "v")
 
     @staticmethod
@@ -37,7 +49,7 @@ class Adam(Optimizer):
         return p - lr_t * m / (xp.sqrt(v) + eps), m, v
 
 
-class AdamW(Adam):
+class AdamW(Adam, kw_only=True):
     """Adam with decoupled weight decay (Loshchilov & Hutter, 2019).
 
     ``p *= 1 - lr*weight_decay``, then Adam's.
@@ -51,5 +63,5 @@ class AdamW(Adam):
     array([0.95])
     """
 
-    weight_decay: float = 0.01
+    weight_decay: NonNegative = 0.01
     decoupled: bool = True

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..optimizer import Optimizer
+from ..recipe.hyperparameters import Fraction, NonNegative
 
 
 class AdaGrad(Optimizer):
@@ -14,6 +15,13 @@ class AdaGrad(Optimizer):
 
     h starts at 0, as in the book, Chainer and torch; Keras and optax start it at 0.1.
 
+    Parameters
+    ----------
+    lr : float or schedule, default 0.01
+        The learning rate, at least 0.
+    eps : float or schedule, default 1e-07
+        Added to the root, so that nothing is divided by 0; at least 0.
+
     >>> import numpy as np, xpoptim as xo
     >>> params = {"W": np.array([1.0, 1.0])}
     >>> xo.AdaGrad(lr=0.1, eps=0).update(params, {"W": np.array([3.0, -0.5])})
@@ -21,8 +29,8 @@ class AdaGrad(Optimizer):
     array([0.9, 1.1])
     """
 
-    lr: float = 0.01
-    eps: float = 1e-7
+    lr: NonNegative = 0.01
+    eps: NonNegative = 1e-7
     slots = ("h",)
 
     @staticmethod
@@ -38,6 +46,15 @@ class RMSprop(Optimizer):
 
     eps is outside the root, as in the book, torch and Chainer; Keras and optax put it inside.
 
+    Parameters
+    ----------
+    lr : float or schedule, default 0.01
+        The learning rate, at least 0.
+    decay_rate : float or schedule, default 0.99
+        What the mean of squares keeps in a step, at least 0 and below 1.
+    eps : float or schedule, default 1e-07
+        Added to the root, so that nothing is divided by 0; at least 0.
+
     >>> import numpy as np, xpoptim as xo
     >>> params = {"W": np.array([1.0])}
     >>> xo.RMSprop(lr=0.01, eps=0).update(params, {"W": np.array([5.0])})
@@ -45,9 +62,9 @@ class RMSprop(Optimizer):
     array([0.9])
     """
 
-    lr: float = 0.01
-    decay_rate: float = 0.99
-    eps: float = 1e-7
+    lr: NonNegative = 0.01
+    decay_rate: Fraction = 0.99
+    eps: NonNegative = 1e-7
     slots = ("h",)
 
     @staticmethod

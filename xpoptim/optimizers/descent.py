@@ -5,12 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 from ..optimizer import Optimizer
+from ..recipe.hyperparameters import Fraction, NonNegative
 
 
 class SGD(Optimizer):
     """Stochastic gradient descent (Robbins & Monro, 1951).
 
     ``p -= lr*g``
+
+    Parameters
+    ----------
+    lr : float or schedule, default 0.01
+        The learning rate, at least 0.
 
     >>> import numpy as np, xpoptim as xo
     >>> params = {"W": np.array([1.0])}
@@ -19,7 +25,7 @@ class SGD(Optimizer):
     array([0.8])
     """
 
-    lr: float = 0.01
+    lr: NonNegative = 0.01
 
     @staticmethod
     def rule(xp: Any, p: Any, g: Any, *, lr: Any) -> Any:
@@ -34,6 +40,13 @@ class Momentum(Optimizer):
     The learning rate is inside the buffer, as in the book, Chainer and Keras. torch and optax keep it outside
     (``b = momentum*b + g; p -= lr*b``), which is the same as long as lr is constant.
 
+    Parameters
+    ----------
+    lr : float or schedule, default 0.01
+        The learning rate, at least 0.
+    momentum : float or schedule, default 0.9
+        What the buffer keeps in a step, at least 0 and below 1.
+
     >>> import numpy as np, xpoptim as xo
     >>> params, opt = {"W": np.array([1.0])}, xo.Momentum(lr=0.1)
     >>> for _ in range(2):
@@ -42,8 +55,8 @@ class Momentum(Optimizer):
     array([0.71])
     """
 
-    lr: float = 0.01
-    momentum: float = 0.9
+    lr: NonNegative = 0.01
+    momentum: Fraction = 0.9
     slots = ("v",)
 
     @staticmethod
@@ -60,6 +73,13 @@ class Nesterov(Optimizer):
     The first v is the *old* one: ``p`` is the look-ahead point. It equals ``v = momentum*v - lr*g; p += momentum*v -
     lr*g``, the form of Keras.
 
+    Parameters
+    ----------
+    lr : float or schedule, default 0.01
+        The learning rate, at least 0.
+    momentum : float or schedule, default 0.9
+        What the buffer keeps in a step, at least 0 and below 1.
+
     >>> import numpy as np, xpoptim as xo
     >>> params, opt = {"W": np.array([0.0])}, xo.Nesterov(lr=0.1)
     >>> opt.update(params, {"W": np.array([1.0])})
@@ -67,8 +87,8 @@ class Nesterov(Optimizer):
     array([-0.19])
     """
 
-    lr: float = 0.01
-    momentum: float = 0.9
+    lr: NonNegative = 0.01
+    momentum: Fraction = 0.9
     slots = ("v",)
 
     @staticmethod

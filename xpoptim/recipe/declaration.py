@@ -3,28 +3,38 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
-from typing import ClassVar, Self
+import re
+from collections.abc import Callable, Mapping, Set
+from typing import TYPE_CHECKING, Any, ClassVar, Self, dataclass_transform
 
+from ..arrays.types import Array
 from ..errors import TraceError, habits
-from . import hyperparameters, options
+from . import options
+from .annotations import resolved
+from .hyperparameters import Hyperparameter
 from .recipe import Recipe
 
 
+@dataclass_transform(eq_default=False)
 class Declaration:
-    """The base of `Optimizer`, whose own fields are the options that every optimizer has."""
+    """The base of `Optimizer`, whose own fields are the options that every optimizer has.
+
+    To type checkers a subclass is like a dataclass: its annotated fields are the arguments of its constructor.
+    """
 
     capturable: bool  # an option that concerns every engine
 
-    slots: ClassVar[tuple[str, ...] | Mapping[str, object]] = ()
+    slots: ClassVar[tuple[str, ...] | Mapping[str, complex | Array | Callable[[Any], Any]]] = ()
     fused: ClassVar[bool] = True
     rule: ClassVar[Callable[..., object]]
 
+    _own: ClassVar[Mapping[str, Hyperparameter]] = {}  # declared by the class itself
+    _declared: ClassVar[Mapping[str, Hyperparameter]] = {}  # with those that it inherits
     _options: ClassVar[tuple[str, ...]] = ()
-    _optional: ClassVar[frozenset[str]] = frozenset()  # options that None switches off
+    _hyperparameters: ClassVar[tuple[str, ...]] = ()  # the rule's, in order
+    _signature: ClassVar[inspect.Signature]
+    _sections: ClassVar[Mapping[str, str]] = {}  # of the docstring, by heading: what the arguments mean
     _reserved: ClassVar[frozenset[str]] = frozenset()  # names that no hyperparameter or slot may have
-    _fields: ClassVar[tuple[str, ...]] = ()  # the rule's hyperparameters, in order
-    _static: ClassVar[frozenset[str]] = frozenset()
     _takes: ClassVar[tuple[str, ...]] = ()  # the keywords of the rule
     __signature__: ClassVar[inspect.Signature]
 
@@ -36,33 +46,42 @@ class Declaration:
     # -----------------------------------------------------------------------------------------------------------------
     # The class: fields, slots and rule
 
-    def __init_subclass__(cls, *, options: bool = False, **kwargs: object) -> None:
+    def __init_subclass__(cls, *, options: bool = False, kw_only: bool = False, **kwargs: object) -> None:
         """``options``: the fields are those of every optimizer, and what else the class has is no hyperparameter."""
         super().__init_subclass__(**kwargs)
-        own = {
+        annotations = {
             name: kind
             for name, kind in inspect.get_annotations(cls).items()
-            if "ClassVar" not in str(kind) and name not in cls._options and not name.startswith("_")
+            if "ClassVar" not in str(kind) and not name.startswith("_")
         }
-        cls._static = cls._static | {name for name, kind in own.items() if kind is bool or kind == "bool"}
+        own = {}
+        for name, kind in resolved(cls, annotations).items():
+            before, option = cls._declared.get(name, Hyperparameter()), options or name in cls._options
+            own[name] = Hyperparameter.declared(kind, before, option=option, keyword_only=kw_only or option)
+        cls._own = own
+        # In the order of dataclasses, and so of type checkers: what is declared again keeps its place.
+        bases = [base for base in reversed(cls.__mro__) if issubclass(base, Declaration)]
+        cls._declared = {name: declared for base in bases for name, declared in base._own.items()}
         if options:
             cls._options = tuple(own)
-            cls._optional = frozenset(name for name in own if getattr(cls, name) is None)
             cls._reserved = frozenset({"xp", "p", "g", "t", "norm", *dir(cls)} - {*own, *habits.METHODS})
-            cls.__signature__ = cls._make_signature()
-            return
-        cls._check_names(own)
-        cls._fields = (*cls._fields, *(name for name in own if name not in cls._fields))
-        cls.__signature__ = cls._make_signature()
+        else:
+            cls._check_names(own.keys() - {*cls._options})
+            cls._hyperparameters = tuple(name for name in cls._declared if name not in cls._options)
+        cls._signature = cls.__signature__ = cls._make_signature()
+        if cls.__init__ is not Declaration.__init__:
+            _, *rest = inspect.signature(cls.__init__).parameters.values()
+            cls.__signature__ = inspect.Signature(rest)
+        cls._document()
         if "rule" in cls.__dict__:
             cls._takes = cls._inspect_rule()
 
     @classmethod
-    def _check_names(cls, fields: Mapping[str, object]) -> None:
+    def _check_names(cls, fields: Set[str]) -> None:
         """Names of hyperparameters and slots must not meet each other or ours."""
         bad = sorted(name for name in fields if name in cls._reserved)
         slots = () if bad else cls._slot_names()
-        bad += [s for s in slots if not s.isidentifier() or s in {"xp", "p", "g", "t", *fields, *cls._fields}]
+        bad += [s for s in slots if not s.isidentifier() or s in {"xp", "p", "g", "t", *fields, *cls._hyperparameters}]
         bad += sorted({s for s in slots if slots.count(s) > 1})
         if bad:
             raise TypeError(
@@ -71,12 +90,27 @@ class Declaration:
 
     @classmethod
     def _make_signature(cls) -> inspect.Signature:
-        def parameter(name: str, kind: inspect._ParameterKind) -> inspect.Parameter:
-            default = getattr(cls, name, inspect.Parameter.empty)
-            return inspect.Parameter(name, kind, default=default)
+        def parameter(name: str, keyword_only: bool) -> inspect.Parameter:
+            kind = inspect.Parameter.KEYWORD_ONLY if keyword_only else inspect.Parameter.POSITIONAL_OR_KEYWORD
+            return inspect.Parameter(name, kind, default=getattr(cls, name, inspect.Parameter.empty))
 
-        plain = [parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in cls._fields]
-        return inspect.Signature([*plain, *(parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in cls._options)])
+        names = sorted((*cls._hyperparameters, *cls._options), key=lambda name: cls._declared[name].keyword_only)
+        return inspect.Signature([parameter(name, cls._declared[name].keyword_only) for name in names])
+
+    @classmethod
+    def _document(cls) -> None:
+        """Give the docstring what it lacks of its bases' arguments: the options are described in `Optimizer` alone."""
+        text, sections = inspect.cleandoc(cls.__dict__.get("__doc__") or ""), {}
+
+        def with_own_default(line: re.Match[str]) -> str:
+            return f"{line[1]}{getattr(cls, line[2])!r}" if hasattr(cls, line[2]) else line[0]
+
+        for heading in ("Parameters", "Other Parameters"):
+            written = re.search(rf"(?ms)^{heading}\n---.*?(?=\n\n|\Z)", text)
+            inherited = re.sub(r"(?m)^((\w+) : .*, default ).*", with_own_default, cls._sections.get(heading, ""))
+            sections[heading] = written[0] if written else inherited
+            text += f"\n\n{inherited}" if text and inherited and not written else ""
+        cls._sections, cls.__doc__ = sections, text or None
 
     @classmethod
     def _slot_names(cls) -> tuple[str, ...]:
@@ -99,7 +133,7 @@ class Declaration:
         kinds = list(inspect.signature(cls.rule).parameters.values())
         if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in kinds):
             raise TraceError(f"{name} takes *args or **kwargs: name its arrays and, behind a *, its scalars")
-        scalars = {"t", *cls._fields}
+        scalars = {"t", *cls._hyperparameters}
         arrays = [p.name for p in kinds if p.kind is not p.KEYWORD_ONLY and p.name not in scalars]
         keywords = tuple(p.name for p in kinds if p.name not in arrays)
         if len(arrays) != 3 + len(cls.slots) or [p.name for p in kinds][: len(arrays)] != arrays:
@@ -139,38 +173,40 @@ class Declaration:
                 f"{cls.__name__} has no rule: use a subclass such as xpoptim.Adam, or define one with a rule"
             )
         if args:
-            habits.refuse_parameters(cls.__name__, f"{cls._fields[0]}=..." if cls._fields else "", args[0])
-        known = self.__signature__.parameters
+            first = next(iter(cls._hyperparameters), "")
+            habits.refuse_parameters(cls.__name__, first and f"{first}=...", args[0])
+        known = cls._signature.parameters
         unknown = [f"{name!r}{habits.keyword(name, known)}" for name in kwargs if name not in known]
         if unknown:
-            raise TypeError(f"{cls.__name__}{self.__signature__}: unexpected keyword argument {', '.join(unknown)}")
+            raise TypeError(f"{cls.__name__}{cls._signature}: unexpected keyword argument {', '.join(unknown)}")
         try:
-            bound = self.__signature__.bind(*args, **kwargs)
+            bound = cls._signature.bind(*args, **kwargs)
         except TypeError as error:
-            raise TypeError(f"{cls.__name__}{self.__signature__}: {error}") from None
+            raise TypeError(f"{cls.__name__}{cls._signature}: {error}") from None
         bound.apply_defaults()
         for name, value in bound.arguments.items():
             setattr(self, name, value)
 
-    def __setattr__(self, name: str, value: object) -> None:
-        cls = type(self)
-        if name not in cls._fields and name not in cls._options:
-            if name == "state":
-                raise AttributeError(f"{cls.__name__}.state cannot be assigned: use load_state_dict")
-            if name in habits.METHODS:
-                getattr(cls, name)  # raises
-            known = (*cls._fields, *cls._options)
-            hint = habits.keyword(name, known)
-            raise AttributeError(f"{cls.__name__} has no hyperparameter {name!r}{hint}; it has {', '.join(known)}")
-        if name == "decoupled" and value and "lr" not in cls._fields:
-            raise TypeError(f"{cls.__name__}: decoupled weight decay needs a hyperparameter named lr")
-        value = hyperparameters.checked(
-            cls.__name__, name, value, static=name in cls._static, optional=name in cls._optional
-        )
-        # Before and after: what is derived in between is outdated, and so it is if a signal handler raises in between.
-        object.__setattr__(self, "_version", object())
-        object.__setattr__(self, name, value)
-        object.__setattr__(self, "_version", object())
+    if not TYPE_CHECKING:  # a checker would take any name for granted
+
+        def __setattr__(self, name: str, value: object) -> None:
+            cls = type(self)
+            declared = cls._declared.get(name)
+            if declared is None:
+                if name == "state":
+                    raise AttributeError(f"{cls.__name__}.state cannot be assigned: use load_state_dict")
+                if name in habits.METHODS:
+                    getattr(cls, name)  # raises
+                known = (*cls._hyperparameters, *cls._options)
+                hint = habits.keyword(name, known)
+                raise AttributeError(f"{cls.__name__} has no hyperparameter {name!r}{hint}; it has {', '.join(known)}")
+            if name == "decoupled" and value and "lr" not in cls._hyperparameters:
+                raise TypeError(f"{cls.__name__}: decoupled weight decay needs a hyperparameter named lr")
+            value = declared.checked(cls.__name__, name, value)
+            # Before and after: what is derived in between is outdated, also if a signal handler raises in between.
+            object.__setattr__(self, "_version", object())
+            object.__setattr__(self, name, value)
+            object.__setattr__(self, "_version", object())
 
     def __dir__(self) -> list[str]:
         return [name for name in super().__dir__() if name not in habits.METHODS or hasattr(self, name)]
@@ -179,7 +215,7 @@ class Declaration:
         raise AttributeError(f"{type(self).__name__}.{name} cannot be deleted; assign another value")
 
     def __repr__(self) -> str:
-        parts = [f"{name}={getattr(self, name)!r}" for name in self._fields]
+        parts = [f"{name}={getattr(self, name)!r}" for name in self._hyperparameters]
         parts += [f"{n}={getattr(self, n)!r}" for n in self._options if getattr(self, n) != getattr(type(self), n)]
         return f"{type(self).__name__}({', '.join(parts)})"
 
@@ -196,18 +232,19 @@ class Declaration:
         if constants is not None:
             return recipe, [step + 1.0, *constants]
         owner = type(self).__name__
-        values = [hyperparameters.at(owner, name, getattr(self, name), step) for name in recipe.hyperparameters]
+        values = [self._declared[name].at(owner, name, getattr(self, name), step) for name in recipe.hyperparameters]
         return recipe, [step + 1.0, *values]
 
     def _derive(self) -> tuple[Recipe, tuple[float, ...] | None]:
         """What a signal handler assigns in the middle of this makes it outdated."""
         version, old = self._version, self._derived[1]
+        static = [name for name in self._hyperparameters if self._declared[name].choices]
         recipe = Recipe(
             name=f"{type(self).__name__}.rule",
             rule=type(self).rule,
             slots=self._slot_names(),
             takes=self._takes,
-            statics=tuple((name, getattr(self, name)) for name in self._fields if name in self._static),
+            statics=tuple((name, getattr(self, name)) for name in static),
             before=tuple(option for option in options.BEFORE if option.active(self)),
             after=tuple(option for option in options.AFTER if option.active(self)),
             fused=self.fused,

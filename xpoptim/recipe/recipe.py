@@ -57,7 +57,7 @@ class Recipe:
     rule: Rule
     slots: tuple[str, ...]
     takes: tuple[str, ...]  # the rule's scalars, "t" and static fields included
-    statics: tuple[tuple[str, bool], ...]
+    statics: tuple[tuple[str, object], ...]
     before: tuple[Option, ...]
     after: tuple[Option, ...]
     fused: bool = True  # False: the rule is plain Array API code that no kernel can hold

@@ -47,7 +47,8 @@ class Guard:
 class Guarded(Protocol):
     """What has a guard."""
 
-    _guard: Guard
+    @property
+    def _guard(self) -> Guard: ...
 
 
 _Self = TypeVar("_Self", bound=Guarded)

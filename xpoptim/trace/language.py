@@ -133,8 +133,8 @@ class Value:
 
     def __bool__(self) -> bool:
         self._refuse(
-            f"branches on {self._who()}: use xp.where, or annotate a hyperparameter `bool` to make it static "
-            "(`and`, `or`, `not`, chained comparisons, min() and max() branch too)"
+            f"branches on {self._who()}: use xp.where, or annotate a hyperparameter `bool` or `Literal` to make it "
+            "static (`and`, `or`, `not`, chained comparisons, min() and max() branch too)"
         )
 
     def __float__(self) -> float:

@@ -13,15 +13,8 @@ def values(kind: type[xo.Optimizer], name: str) -> st.SearchStrategy[Any]:
     declared = kind._declared[name]
     if declared.choices:
         return st.sampled_from(declared.choices)
-    finite = {bound: limit for bound, limit in declared.bounds if math.isfinite(limit)}
-    numbers = st.floats(
-        min_value=finite.get("gt", finite.get("ge")),
-        max_value=finite.get("lt", finite.get("le")),
-        exclude_min="gt" in finite,
-        exclude_max="lt" in finite,
-        allow_nan=False,
-        allow_infinity=("le", math.inf) in declared.bounds,
-    )
+    low, high = (limit if math.isfinite(limit) else None for limit in (declared.low, declared.high))
+    numbers = st.floats(low, high, allow_nan=False, allow_infinity=None in (low, high))
     return st.none() | numbers if declared.optional else numbers
 
 

@@ -317,8 +317,9 @@ def test_whatever_is_declared_is_taken(argument: tuple[str, str], data: st.DataO
     assert getattr(opt, field) == value
     setattr(opt, field, value)
     if type(value) is float and math.isfinite(value):
-        outside = [limit for _, limit in opt._declared[field].bounds if math.isfinite(limit)]
-        for beyond in (math.nextafter(min(outside), -math.inf), 1.0 if len(outside) > 1 else math.nan):
+        declared = opt._declared[field]
+        above = math.nextafter(declared.high, math.inf) if math.isfinite(declared.high) else math.nan
+        for beyond in (math.nextafter(declared.low, -math.inf), above):
             with pytest.raises(ValueError, match=field):
                 setattr(opt, field, beyond)
         assert getattr(opt, field) == value

@@ -190,7 +190,7 @@ def test_an_editor_completes_the_arguments_of_a_constructor(name: str) -> None:
     jedi = pytest.importorskip("jedi", reason="needs jedi: pip install '.[typing]'")
     expected = set(inspect.signature(getattr(xo, name)).parameters)
     project = jedi.Project(PACKAGE, sys_path=[str(PACKAGE), *sys.path], load_unsafe_extensions=False)
-    read = jedi.Script(f"import xpoptim as xo\nxo.{name}(", project=project)
+    read = jedi.Script(f"import xpoptim as xo\nxo.{name}(", path=PACKAGE / f"{name}.py", project=project)
     live = jedi.Interpreter(f"xo.{name}(", [{"xo": xo}])
     for shown in (read, live):
         (signature,) = shown.get_signatures()

@@ -6,7 +6,7 @@ A range is declared where the field is, by the metadata of the ``annotated-types
 from __future__ import annotations
 
 import math
-import operator
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from types import NoneType
 from typing import Annotated, Any, Literal, NamedTuple, TypeAlias, get_args, get_origin
@@ -18,12 +18,7 @@ from .annotations import parts
 Schedule: TypeAlias = Callable[[int], float]
 Hyper: TypeAlias = float | Schedule
 
-_COMPARE = {
-    "ge": (operator.ge, "at least"),
-    "gt": (operator.gt, "above"),
-    "le": (operator.le, "at most"),
-    "lt": (operator.lt, "below"),
-}
+_WORDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
 
 
 class Bounds:
@@ -47,10 +42,12 @@ PositiveOrInfinite: TypeAlias = Annotated[Hyper, Bounds(gt=0, le=math.inf)]
 
 
 class Hyperparameter(NamedTuple):
-    """What may be assigned: one of the ``choices`` of a static field, else a float within ``bounds`` or a schedule."""
+    """What may be assigned: one of the ``choices`` of a static field, else a schedule or a float within ``bounds``."""
 
     choices: tuple[object, ...] = ()
     bounds: tuple[tuple[str, float], ...] = ()  # ("ge", 0)
+    low: float = -sys.float_info.max  # what they come to, both ends included: without bounds, all that is finite
+    high: float = sys.float_info.max
     optional: bool = False  # None switches it off
     keyword_only: bool = False
 
@@ -61,7 +58,13 @@ class Hyperparameter(NamedTuple):
         static = all(kind in (bool, NoneType) or get_origin(kind) is Literal for kind in kinds)
         choices = tuple(choice for kind in kinds for choice in _choices(kind)) if static else ()
         optional = (option and NoneType in kinds) or before.optional
-        return cls(choices, tuple(_bounds(metadata)) or before.bounds, optional, keyword_only)
+        bounds = tuple(_bounds(metadata)) or before.bounds
+        lows = [math.nextafter(limit, math.inf) if kind == "gt" else limit for kind, limit in bounds if kind[0] == "g"]
+        highs = [
+            math.nextafter(limit, -math.inf) if kind == "lt" else limit for kind, limit in bounds if kind[0] == "l"
+        ]
+        low, high = max(lows, default=cls().low), min(highs, default=cls().high)
+        return cls(choices, bounds, low, high, optional, keyword_only)
 
     def checked(self, owner: str, name: str, value: object) -> object:
         """``value`` as a float (so that a NumPy scalar never promotes the arithmetic), a choice, or a schedule.
@@ -71,11 +74,9 @@ class Hyperparameter(NamedTuple):
         """
         if self.choices:
             return self._chosen(owner, name, value)
-        if value is None and self.optional:
-            return None
-        if callable(value):
+        if callable(value) or (value is None and self.optional):
             return value
-        return self._in_range(owner, name, _as_float(owner, name, value))
+        return self._number(owner, name, value)
 
     def at(self, owner: str, name: str, value: Any, step: int) -> Any:
         """The value in force at ``step`` (0 at the first update)."""
@@ -86,26 +87,27 @@ class Hyperparameter(NamedTuple):
         except Exception as error:
             error.add_note(f"{owner}: raised by the schedule of {name}, a function step -> float, at step {step}")
             raise
-        place = f" (its schedule at step {step})"
-        return self._in_range(owner, name, _as_float(owner, name + place, given), place)
+        if type(given) is float and self.low <= given <= self.high:
+            return given
+        return self._number(owner, f"{name} (its schedule at step {step})", given)
 
     def _chosen(self, owner: str, name: str, value: object) -> object:
         value = value.item() if isinstance(value, np.generic) else value
         for choice in self.choices:
-            if type(choice) is type(value) and choice == value:  # a bool is no 1
+            if type(choice) is type(value) and choice == value:  # True is no 1
                 return choice
         *others, last = map(repr, self.choices)
         error = ValueError if type(value) in map(type, self.choices) else TypeError
         raise error(f"{owner}: {name} is {value!r}: it takes {', '.join(others)}{' or ' if others else ''}{last}")
 
-    def _in_range(self, owner: str, name: str, value: float, place: str = "") -> float:
-        if not (math.isfinite(value) or any(kind in ("ge", "le") and value == limit for kind, limit in self.bounds)):
-            raise ValueError(f"{owner}: {name}{place} is {value}: it must be finite")
-        if not all(_COMPARE[kind][0](value, limit) for kind, limit in self.bounds):
-            allowed = " and ".join(f"{_COMPARE[k][1]} {limit}" for k, limit in self.bounds if math.isfinite(limit))
-            hint = " (None switches it off)" if self.optional else ""
-            raise ValueError(f"{owner}: {name}{place} is {value}: it must be {allowed}{hint}")
-        return value
+    def _number(self, owner: str, name: str, value: object) -> float:
+        number = _as_float(owner, name, value)
+        if self.low <= number <= self.high:
+            return number
+        allowed = " and ".join(f"{_WORDS[kind]} {limit}" for kind, limit in self.bounds if math.isfinite(limit))
+        hint = " (None switches it off)" if self.optional else ""
+        must = f"{allowed}{hint}" if math.isfinite(number) else "finite"
+        raise ValueError(f"{owner}: {name} is {number}: it must be {must}")
 
 
 def _choices(kind: object) -> tuple[object, ...]:
@@ -114,7 +116,7 @@ def _choices(kind: object) -> tuple[object, ...]:
 
 def _bounds(metadata: Iterable[Any]) -> Iterator[tuple[str, float]]:
     for given in metadata:
-        own = [(kind, getattr(given, kind)) for kind in _COMPARE if getattr(given, kind, None) is not None]
+        own = [(kind, getattr(given, kind)) for kind in _WORDS if getattr(given, kind, None) is not None]
         if not own and getattr(given, "__is_annotated_types_grouped_metadata__", False):
             own = list(_bounds(given))
         if not own and (hasattr(given, "func") or hasattr(given, "multiple_of")):

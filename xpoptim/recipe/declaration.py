@@ -66,8 +66,8 @@ class Declaration:
             cls._options = tuple(own)
             cls._reserved = frozenset({"xp", "p", "g", "t", "norm", *dir(cls)} - {*own, *habits.METHODS})
         else:
-            cls._check_names(own.keys() - {*cls._options})
             cls._hyperparameters = tuple(name for name in cls._declared if name not in cls._options)
+            cls._check_names(own.keys() - {*cls._options})
         cls._signature = cls.__signature__ = cls._make_signature()
         if cls.__init__ is not Declaration.__init__:
             _, *rest = inspect.signature(cls.__init__).parameters.values()
@@ -81,7 +81,7 @@ class Declaration:
         """Names of hyperparameters and slots must not meet each other or ours."""
         bad = sorted(name for name in fields if name in cls._reserved)
         slots = () if bad else cls._slot_names()
-        bad += [s for s in slots if not s.isidentifier() or s in {"xp", "p", "g", "t", *fields, *cls._hyperparameters}]
+        bad += [s for s in slots if not s.isidentifier() or s in {"xp", "p", "g", "t", *cls._hyperparameters}]
         bad += sorted({s for s in slots if slots.count(s) > 1})
         if bad:
             raise TypeError(

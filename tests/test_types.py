@@ -1,6 +1,6 @@
 """What type checkers and editors say of the package: mypy, pyright and jedi, over ``typed`` and the README.
 
-Whatever of the three is not installed is left out, as pyright is from ``.[test]``: it brings Node.js with it.
+Whatever of the three is not installed is left out, as pyright is from ``.[test]``: it brings Node.js with it, and comes with ``.[typing]``.
 """
 
 import inspect
@@ -36,7 +36,8 @@ class Finding(NamedTuple):
 
 def mypy(folder: Path, file: Path, strict: bool = False) -> list[Finding]:
     # Where it is not installed, the package is found on the path: in site-packages that would be an error.
-    path = {} if Path(sysconfig.get_path("purelib")) == PACKAGE else {"MYPYPATH": str(PACKAGE)}
+    installed = str(PACKAGE) in (sysconfig.get_path("purelib"), sysconfig.get_path("platlib"))
+    path = {} if installed else {"MYPYPATH": str(PACKAGE)}
     command = [sys.executable, "-m", "mypy", "--config-file=", "--output=json", file, *["--strict"] * strict]
     done = run(command, folder, os.environ | path)
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]

@@ -1,6 +1,6 @@
 """What type checkers and editors say of the package: mypy, pyright and jedi, over ``typed`` and the README.
 
-Whatever of the three is not installed is left out, as pyright is from ``.[test]``: it brings Node.js with it, and comes with ``.[typing]``.
+Whatever of the three is not installed is left out: pyright, which brings Node.js with it, is in ``.[typing]`` alone.
 """
 
 import inspect

@@ -11,7 +11,8 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 def resolved(owner: type, annotations: dict[str, object]) -> dict[str, object]:
     """With the types that strings stand for, as all are behind ``from __future__ import annotations``."""
-    names, types = _names(owner) if annotations else {}, {}
+    names = _names(owner, local=any(isinstance(kind, str) for kind in annotations.values()))
+    types = {}
     for name, kind in annotations.items():
         try:
             holder = SimpleNamespace(__annotations__={name: kind})
@@ -24,12 +25,13 @@ def resolved(owner: type, annotations: dict[str, object]) -> dict[str, object]:
     return types
 
 
-def _names(owner: type) -> dict[str, Any]:
+def _names(owner: type, *, local: bool) -> dict[str, Any]:
     """What is defined where the class is: in its module, in the function it is in, and in the callers of that.
 
-    A function around that function can be found if it is among the callers, as it mostly is.
+    A function around that function can be found if it is among the callers, as it mostly is. Without strings there is
+    no need to look: on older Pythons to do so keeps alive for a while what the functions hold.
     """
-    frame: FrameType | None = sys._getframe()
+    frame: FrameType | None = sys._getframe() if local else None
     scopes: list[Mapping[str, Any]] = [vars(owner)]
     while frame := frame and frame.f_back:
         if frame.f_globals.get("__name__", "builtins") == owner.__module__:

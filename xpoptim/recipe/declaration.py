@@ -28,7 +28,7 @@ class Declaration:
     fused: ClassVar[bool] = True
     rule: ClassVar[Callable[..., object]]
 
-    _own: ClassVar[Mapping[str, Hyperparameter]] = {}  # declared by the class itself
+    _declared_here: ClassVar[Mapping[str, Hyperparameter]] = {}  # by the class itself
     _declared: ClassVar[Mapping[str, Hyperparameter]] = {}  # with those that it inherits
     _options: ClassVar[tuple[str, ...]] = ()
     _hyperparameters: ClassVar[tuple[str, ...]] = ()  # the rule's, in order
@@ -58,10 +58,10 @@ class Declaration:
         for name, kind in resolved(cls, annotations).items():
             before, option = cls._declared.get(name, Hyperparameter()), options or name in cls._options
             own[name] = Hyperparameter.declared(kind, before, option=option, keyword_only=kw_only or option)
-        cls._own = own
+        cls._declared_here = own
         # In the order of dataclasses, and so of type checkers: what is declared again keeps its place.
         bases = [base for base in reversed(cls.__mro__) if issubclass(base, Declaration)]
-        cls._declared = {name: declared for base in bases for name, declared in base._own.items()}
+        cls._declared = {name: declared for base in bases for name, declared in base._declared_here.items()}
         if options:
             cls._options = tuple(own)
             cls._reserved = frozenset({"xp", "p", "g", "t", "norm", *dir(cls)} - {*own, *habits.METHODS})

@@ -32,8 +32,12 @@ def there_is_a_gpu() -> bool:
     return bool(cupy.cuda.is_available())
 
 
+# A script finds what lies beside it, which tests otherwise forbid (see conftest.py).
+SCRIPTS = {"PYTHON": sys.executable, "PYTHONSAFEPATH": ""}
+
+
 def run(*words: str, timeout: float = 60, **variables: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHON": sys.executable} | variables
+    environment = os.environ | SCRIPTS | variables
     return subprocess.run(words, capture_output=True, text=True, timeout=timeout, check=False, env=environment)
 
 
@@ -216,7 +220,7 @@ def test_a_kill_loses_no_row_that_was_printed(tmp_path: Path) -> None:
     """Killed within the first case, and again later; the files are whole, and the next process goes on from there."""
     record = start_of(tmp_path, many=((1, 40),), dropout=())
     words = [sys.executable, str(SCRIPT), "bench", str(record.path), "60", "--emulated"]
-    environment = os.environ | without_torch(tmp_path)
+    environment = os.environ | SCRIPTS | without_torch(tmp_path)
     before: dict[str, list[list[float]]] = {}
     for lines in (3, 20):
         with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=environment) as running:
@@ -249,7 +253,7 @@ def times_of(record: Record) -> dict[str, list[list[float]]]:
 @EMULATION
 def test_a_check_that_is_told_to_stop_ends_its_stage(tmp_path: Path) -> None:
     words = ["bash", str(CHECK), "--emulated", str(tmp_path), "--only", "benchmarks"]
-    environment = os.environ | {"PYTHON": sys.executable} | without_torch(tmp_path)
+    environment = os.environ | SCRIPTS | without_torch(tmp_path)
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=environment) as running:
         assert running.stdout is not None
         while " 1 x 600 | copy" not in (line := running.stdout.readline()):

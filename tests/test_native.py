@@ -44,10 +44,10 @@ def test_the_extension_is_there_where_it_is_required() -> None:
 
 
 @pytest.mark.skipif(not SOURCE.is_file(), reason="the C source is not here, but an installed package alone")
-@pytest.mark.parametrize(("sanitizers", "forks"), [("thread", 0), ("address,undefined", 30)])
+@pytest.mark.parametrize(("sanitizers", "forks"), [("thread", 0), ("address,undefined", 0), ("", 60)])
 def test_the_pool_under_sanitizers(sanitizers: str, forks: int, tmp_path: Path) -> None:
-    """ThreadSanitizer does not follow forks of a process with threads."""
-    flags = [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"]
+    """Forks are tested without: a child may wait for ever for a lock of the sanitizer's, which its parent held."""
+    flags = [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"] if sanitizers else []
     program = compiled("stress.c", tmp_path / "stress", *flags)
     done = subprocess.run([program, str(forks)], capture_output=True, text=True, timeout=150, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

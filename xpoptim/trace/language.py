@@ -35,12 +35,12 @@ class Backend(Protocol[_Raw]):
 
 def _operator(name: str) -> Callable[[Value, Operand], Value]:
     """``value <operator> other``, a row of the table."""
-    return lambda self, other: apply(name, self, other)
+    return lambda self, other: apply(self.backend, name, self, other)
 
 
 def _reflected(name: str) -> Callable[[Value, Operand], Value]:
     """``other <operator> value``, where the other is a number."""
-    return lambda self, other: apply(name, other, self)
+    return lambda self, other: apply(self.backend, name, other, self)
 
 
 def _in_place(sign: str) -> Callable[[Value, Operand], Value]:
@@ -88,22 +88,22 @@ class Value:
     __rxor__ = _reflected("logical_xor")
 
     def __ge__(self, other: object) -> Value:
-        return apply("word_greater_equal" if self.type is UINT32 else "greater_equal", self, other)
+        return apply(self.backend, "word_greater_equal" if self.type is UINT32 else "greater_equal", self, other)
 
     def __xor__(self, other: Operand) -> Value:
-        return apply("bitwise_xor" if self.type is UINT32 else "logical_xor", self, other)
+        return apply(self.backend, "bitwise_xor" if self.type is UINT32 else "logical_xor", self, other)
 
     def __neg__(self) -> Value:
-        return apply("negative", self)
+        return apply(self.backend, "negative", self)
 
     def __pos__(self) -> Value:
         return self
 
     def __abs__(self) -> Value:
-        return apply("abs", self)
+        return apply(self.backend, "abs", self)
 
     def __invert__(self) -> Value:
-        return apply("logical_not", self)
+        return apply(self.backend, "logical_not", self)
 
     def __pow__(self, exponent: Operand) -> Value:
         return power(self, exponent)
@@ -174,7 +174,7 @@ class Value:
         if method == "__call__" and not kwargs and plain and infix and not isinstance(inputs[0], Value):
             if name == "power":
                 return power(lift(self.backend, inputs[0]), inputs[1])
-            return apply(name, *inputs)
+            return apply(self.backend, name, *inputs)
         self._refuse(f"calls np.{ufunc.__name__} on {self._who()}: call xp.{ufunc.__name__} if the table has it")
 
     def __array_function__(self, function: Callable[..., object], *rest: object) -> NoReturn:
@@ -206,9 +206,8 @@ def among_arrays(value: Value) -> Any:
     return value.backend.spread(value.raw, value.type) if value.scalar else value.raw
 
 
-def apply(name: str, *operands: object) -> Value:
+def apply(backend: Backend, name: str, *operands: object) -> Value:
     """One operation of the table. Scalars stay scalar among themselves, and are rounded beside an array."""
-    backend = next(x.backend for x in operands if isinstance(x, Value))
     op = TABLE[name]
     values = [lift(backend, x, type) for x, type in zip(operands, op.takes, strict=True)]
     for position, (value, type) in enumerate(zip(values, op.takes, strict=True)):
@@ -229,7 +228,7 @@ def power(base: Value, exponent: Operand) -> Value:
     if isinstance(exponent, numbers.Real | np.floating | np.integer) and float(exponent).is_integer():
         return _constant_power(base, int(float(exponent)))
     if isinstance(exponent, Value) and exponent.integral and base.scalar:
-        return apply("power", base, exponent)
+        return apply(base.backend, "power", base, exponent)
     shown = exponent._who() if isinstance(exponent, Value) else repr(exponent)
     base._refuse(
         f"raises {base._who()} to the power {shown}: the exponent may be an integer constant or, "
@@ -251,6 +250,26 @@ def _constant_power(base: Value, n: int) -> Value:
     return 1.0 / result if n < 0 else result
 
 
+def _unary(name: str) -> Callable[[Functions, Operand], Value]:
+    """``xp.<name>(x)``, a row of the table."""
+
+    def function(self: Functions, x: Operand) -> Value:
+        return self._call(name, x)
+
+    function.__qualname__ = f"Functions.{name}"  # which errors show
+    return function
+
+
+def _binary(name: str) -> Callable[[Functions, Operand, Operand], Value]:
+    """``xp.<name>(x1, x2)``, a row of the table."""
+
+    def function(self: Functions, x1: Operand, x2: Operand) -> Value:
+        return self._call(name, x1, x2)
+
+    function.__qualname__ = f"Functions.{name}"
+    return function
+
+
 class Functions:
     """The ``xp`` of a rule: the closed table under its Array API names, and what is composed of it."""
 
@@ -260,23 +279,16 @@ class Functions:
         self._backend = backend
 
     def _call(self, name: str, *operands: Operand) -> Value:
-        types = TABLE[name].takes
-        return apply(name, *(lift(self._backend, x, type) for x, type in zip(operands, types, strict=True)))
+        return apply(self._backend, name, *operands)
 
-    def add(self, x1: Operand, x2: Operand) -> Value:
-        return self._call("add", x1, x2)
-
-    def subtract(self, x1: Operand, x2: Operand) -> Value:
-        return self._call("subtract", x1, x2)
-
-    def multiply(self, x1: Operand, x2: Operand) -> Value:
-        return self._call("multiply", x1, x2)
-
-    def divide(self, x1: Operand, x2: Operand) -> Value:
-        return self._call("divide", x1, x2)
-
-    def negative(self, x: Operand) -> Value:
-        return self._call("negative", x)
+    add, subtract = _binary("add"), _binary("subtract")
+    multiply, divide = _binary("multiply"), _binary("divide")
+    less, less_equal = _binary("less"), _binary("less_equal")
+    greater, greater_equal = _binary("greater"), _binary("greater_equal")
+    equal, not_equal = _binary("equal"), _binary("not_equal")
+    logical_and, logical_or = _binary("logical_and"), _binary("logical_or")
+    logical_xor, logical_not = _binary("logical_xor"), _unary("logical_not")
+    negative, abs, sqrt, isfinite = _unary("negative"), _unary("abs"), _unary("sqrt"), _unary("isfinite")
 
     def positive(self, x: Operand) -> Value:
         return lift(self._backend, x)
@@ -284,47 +296,8 @@ class Functions:
     def pow(self, x1: Operand, x2: Operand) -> Value:
         return power(lift(self._backend, x1), x2)
 
-    def sqrt(self, x: Operand) -> Value:
-        return self._call("sqrt", x)
-
-    def abs(self, x: Operand) -> Value:
-        return self._call("abs", x)
-
     def square(self, x: Operand) -> Value:
         return self._call("multiply", x, x)
-
-    def isfinite(self, x: Operand) -> Value:
-        return self._call("isfinite", x)
-
-    def less(self, x1: Operand, x2: Operand) -> Value:
-        return self._call("less", x1, x2)
-
-    def less_equal(self, x1: Operand, x2: Operand) -> Value:
-        return self._call("less_equal", x1, x2)
-
-    def greater(self, x1: Operand, x2: Operand) -> Value:
-        return self._call("greater", x1, x2)
-
-    def greater_equal(self, x1: Operand, x2: Operand) -> Value:
-        return self._call("greater_equal", x1, x2)
-
-    def equal(self, x1: Operand, x2: Operand) -> Value:
-        return self._call("equal", x1, x2)
-
-    def not_equal(self, x1: Operand, x2: Operand) -> Value:
-        return self._call("not_equal", x1, x2)
-
-    def logical_and(self, x1: Operand, x2: Operand) -> Value:
-        return self._call("logical_and", x1, x2)
-
-    def logical_or(self, x1: Operand, x2: Operand) -> Value:
-        return self._call("logical_or", x1, x2)
-
-    def logical_xor(self, x1: Operand, x2: Operand) -> Value:
-        return self._call("logical_xor", x1, x2)
-
-    def logical_not(self, x: Operand) -> Value:
-        return self._call("logical_not", x)
 
     def multiply_words(self, x1: Operand, x2: Operand) -> tuple[Value, Value]:
         """The high and the low 32 bits of the product of two words."""

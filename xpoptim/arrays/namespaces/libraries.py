@@ -7,7 +7,7 @@ which is imported when the first of them comes.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -19,16 +19,12 @@ NUMPY_NAMESPACE: ModuleType = np  # as it stands, since NumPy 2.1
 CUPY_NAMESPACE: ModuleType = cupy_namespace
 
 
-class _Memory:
-    def __init__(self, **interface: object) -> None:
-        self.__array_interface__ = interface
-
-
 def memory_at(address: int, shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> np.ndarray | None:
     """Somebody else's memory as an array of bytes, which does not keep it alive; None for no address."""
     if not address:
         return None
-    return np.asarray(_Memory(data=(address, False), shape=shape, strides=strides, typestr=f"|V{itemsize}", version=3))
+    interface = {"data": (address, False), "shape": shape, "strides": strides, "typestr": f"|V{itemsize}", "version": 3}
+    return np.asarray(SimpleNamespace(__array_interface__=interface))
 
 
 _A = TypeVar("_A", bound=Array)
@@ -137,9 +133,6 @@ class _NumPy(Library[np.ndarray]):
     def device(self, x: np.ndarray) -> Device:
         return "cpu"
 
-    def launches(self, device: Device) -> bool:
-        return False
-
     def writable(self, x: np.ndarray) -> bool:
         return x.flags.writeable
 
@@ -148,9 +141,6 @@ class _NumPy(Library[np.ndarray]):
 
     def without_subclass(self, x: np.ndarray) -> np.ndarray:
         return x if type(x) is np.ndarray else np.asarray(x)
-
-    def copied(self, x: np.ndarray) -> np.ndarray:
-        return np.array(x, order="K", copy=True)
 
     def read_only(self, x: np.ndarray) -> np.ndarray:
         if isinstance(x, np.generic):  # what arithmetic makes of 0-d arrays, and cannot be written to as it is
@@ -173,17 +163,8 @@ class _NumPy(Library[np.ndarray]):
             return float(x)
         return x if type(given) is np.ndarray else given.__array_wrap__(x)
 
-    def zeros_like(self, x: np.ndarray, dtype: str) -> np.ndarray:
-        return np.zeros_like(x, dtype=dtype, order="K")
-
     def number(self, value: float | complex, like: np.ndarray) -> np.ndarray:
         return np.array(value)  # a Python float is one of float64
-
-    def joined(self, re: np.ndarray, im: np.ndarray) -> np.ndarray:
-        return _joined(np, re, im)
-
-    def brought(self, x: np.ndarray, like: np.ndarray) -> np.ndarray:
-        return x
 
 
 class _CuPy(Library[CuPyArray]):

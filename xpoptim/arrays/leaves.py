@@ -307,8 +307,7 @@ def resolve_parameter(leaf: Leaf, *, writing: bool) -> None:
         _not_a_parameter(leaf)
     _refuse_masked(name, given)
     leaf.library, leaf.dtype = library, dtype_name(leaf.p)
-    if leaf.dtype not in REAL_DTYPES and leaf.dtype not in COMPLEX_DTYPES:
-        _bad_dtype(name, leaf.dtype, REAL_DTYPES + COMPLEX_DTYPES)
+    _check_dtype(name, leaf.dtype, REAL_DTYPES + COMPLEX_DTYPES)
     if not is_number:
         leaf.p = library.plain(given)
     if is_number or not library.mutable:
@@ -347,8 +346,9 @@ def _needs_home(leaf: Leaf, writing: bool) -> None:
         )
 
 
-def _bad_dtype(name: str, dtype: str, allowed: tuple[str, ...]) -> NoReturn:
-    raise TypeError(f"{name} has dtype {dtype}: allowed are {', '.join(allowed)} (convert it with astype)")
+def _check_dtype(name: str, dtype: str, allowed: tuple[str, ...]) -> None:
+    if dtype not in allowed:
+        raise TypeError(f"{name} has dtype {dtype}: allowed are {', '.join(allowed)} (convert it with astype)")
 
 
 def resolve_gradient(leaf: Leaf) -> None:
@@ -372,8 +372,7 @@ def resolve_gradient(leaf: Leaf) -> None:
     leaf.g_dtype = dtype_name(g)
     if leaf.g_dtype in COMPLEX_DTYPES and leaf.dtype not in COMPLEX_DTYPES:
         raise TypeError(f"{name} is complex ({leaf.g_dtype}) but {of} is real ({leaf.dtype}): pass its real part")
-    if leaf.g_dtype not in REAL_DTYPES and leaf.g_dtype not in COMPLEX_DTYPES:
-        _bad_dtype(name, leaf.g_dtype, REAL_DTYPES + (COMPLEX_DTYPES if leaf.dtype in COMPLEX_DTYPES else ()))
+    _check_dtype(name, leaf.g_dtype, REAL_DTYPES + (COMPLEX_DTYPES if leaf.dtype in COMPLEX_DTYPES else ()))
     if tuple(g.shape) != tuple(leaf.p.shape):
         raise ValueError(f"{name} has shape {tuple(g.shape)} but {of} has shape {tuple(leaf.p.shape)}")
     here, there = library.device(g), library.device(leaf.p)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from numpy.lib.array_utils import byte_bounds
 
 from .namespaces.lookup import library_of
 from .types import Strided
@@ -63,13 +64,9 @@ def overlaps_itself(x: object) -> bool:
     return False
 
 
-def bounds(a: np.ndarray) -> tuple[int, int]:
-    return np.lib.array_utils.byte_bounds(a)
-
-
 def overlapping_pair(arrays: list[tuple[str, np.ndarray]]) -> tuple[str, str] | None:
     """The names of two arrays that share memory, if any do."""
-    spans = sorted((*bounds(a), i) for i, (_, a) in enumerate(arrays) if a.size)
+    spans = sorted((*byte_bounds(a), i) for i, (_, a) in enumerate(arrays) if a.size)
     active: list[tuple[int, int]] = []
     for low, high, i in spans:
         active = [(end, j) for end, j in active if end > low]
@@ -85,7 +82,7 @@ class Written:
     """The memory that a step writes, for the question whether a gradient lies in it."""
 
     def __init__(self, arrays: list[np.ndarray]) -> None:
-        self._spans = sorted(((*bounds(a), i) for i, a in enumerate(arrays) if a.size), key=lambda s: s[0])
+        self._spans = sorted(((*byte_bounds(a), i) for i, a in enumerate(arrays) if a.size), key=lambda s: s[0])
         self._arrays = arrays
         self._longest = max((high - low for low, high, _ in self._spans), default=0)
         self._starts = [low for low, _, _ in self._spans]
@@ -93,7 +90,7 @@ class Written:
     def touches(self, g: np.ndarray) -> bool:
         if not g.size or not self._spans:
             return False
-        low, high = bounds(g)
+        low, high = byte_bounds(g)
         first = bisect_left(self._starts, low - self._longest)
         for start, end, i in self._spans[first:]:
             if start >= high:

@@ -69,8 +69,8 @@ EQUIVALENT: list[tuple[str, str, str, str]] = [
     ),
     (
         "xpoptim/codegen/cuda/blocks.py",
-        "return max(1, 16 // (len(program.lanes) * _BYTES[_real(program.buffers[0])]))",
-        "return max(1, 16 // (len(program.lanes) * _BYTES[_real(program.buffers[(-1)])]))",
+        "return max(1, 16 // (len(program.lanes) * BYTES[program.buffers[0].real]))",
+        "return max(1, 16 // (len(program.lanes) * BYTES[program.buffers[(-1)].real]))",
         "a block program has one buffer",
     ),
     (

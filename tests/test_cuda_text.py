@@ -14,6 +14,7 @@ from helpers import COMPLEX_DTYPES, DTYPES, REAL_DTYPES, RULES, make_optimizer, 
 
 import xpoptim as xo
 from xpoptim._dropout import layer as _dropout
+from xpoptim.arrays.dtypes import BYTES
 from xpoptim.codegen.cuda import blocks as cuda_blocks
 from xpoptim.codegen.cuda import elementwise as text
 from xpoptim.engines.cuda import nvrtc
@@ -62,7 +63,7 @@ def expected_accesses(update: Program) -> dict[str, int]:
     """A thread handles so many elements of all buffers; what of each is read and written, in units of 16 bytes."""
     length = text.vector_length(update)
     written = {place for place, _ in update.stores}
-    units = [length * text._BYTES[text._real(buffer)] // 16 for buffer in update.buffers]
+    units = [length * BYTES[buffer.real] // 16 for buffer in update.buffers]
     return {"ld": sum(units), "st": sum(units[place] for place in written)}
 
 
@@ -108,7 +109,7 @@ def test_norm(dtype: str, g_dtype: str) -> None:
     source = text.norm_source(norm, 8)
     check_resources(source, {"sums", "sums_many", "fold", "fold_many"})
     ptx = kernels(source)
-    units = text.LANES // 32 * text._BYTES[text._real(norm.buffers[1])] // 16
+    units = text.LANES // 32 * BYTES[norm.buffers[1].real] // 16
     for name in ("sums", "sums_many"):
         found = vector_accesses(ptx[name])
         assert found["ld"] > 0

@@ -13,6 +13,7 @@ RealName: TypeAlias = Literal["float16", "bfloat16", "float32", "float64"]
 ComplexName: TypeAlias = Literal["complex64", "complex128"]
 REAL_DTYPES: tuple[str, ...] = get_args(RealName)
 COMPLEX_DTYPES: tuple[str, ...] = get_args(ComplexName)
+BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}  # of one number
 PART = {"complex64": "float32", "complex128": "float64"}  # the dtype of a complex number's parts
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from ..arrays.dtypes import PART
 from .ops import TABLE, Type
 
 
@@ -46,6 +47,11 @@ class Buffer:
     role: str
     dtype: str
 
+    @property
+    def real(self) -> str:
+        """The dtype of the numbers in it: of a complex array's parts."""
+        return PART.get(self.dtype, self.dtype)
+
 
 @dataclass(frozen=True)
 class Program:
@@ -70,6 +76,11 @@ class Program:
     def _hash(self) -> int:
         """Worked out once: kernels are looked up by their programs."""
         return hash((self.name, self.compute, self.buffers, self.inputs, self.nodes, self.stores, self.reduces))
+
+    @cached_property
+    def written(self) -> frozenset[int]:
+        """The buffers that it writes."""
+        return frozenset(place for place, _ in self.stores)
 
     @cached_property
     def needed(self) -> tuple[int, ...]:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from ...arrays.dtypes import BYTES
 from ...trace.program import BlockProgram
 from .elementwise import (
-    _BYTES,
     _NARROW,
     _TYPE,
     _WIDEN,
@@ -19,7 +19,6 @@ from .elementwise import (
     _operand,
     _pack,
     _preamble,
-    _real,
     _statement,
     layout_checks,
 )
@@ -27,7 +26,7 @@ from .elementwise import (
 
 def blocks_of_a_thread(program: BlockProgram) -> int:
     """How many blocks fill the 16 bytes of an access."""
-    return max(1, 16 // (len(program.lanes) * _BYTES[_real(program.buffers[0])]))
+    return max(1, 16 // (len(program.lanes) * BYTES[program.buffers[0].real]))
 
 
 def scalars_dtype(program: BlockProgram) -> np.dtype:
@@ -43,9 +42,9 @@ def words_dtype(program: BlockProgram) -> np.dtype:
 def source(program: BlockProgram) -> str:
     """Kernel ``blocks(x, y, numbers, scalars, words)``, a thread for each `blocks_of_a_thread` blocks."""
     buffer, lanes, blocks = program.buffers[0], len(program.lanes), blocks_of_a_thread(program)
-    stored, real = _TYPE[_real(buffer)], _TYPE[program.compute]
-    widen = _WIDEN.get(_real(buffer), "{}").format("pack.at[k]")
-    narrow = _NARROW.get(_real(buffer), "{}").format("number[k - j]")
+    stored, real = _TYPE[buffer.real], _TYPE[program.compute]
+    widen = _WIDEN.get(buffer.real, "{}").format("pack.at[k]")
+    narrow = _NARROW.get(buffer.real, "{}").format("number[k - j]")
     text = f"""\
 struct Scalars {{
     {real} at[{max(1, len(program.scalars))}];

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from ...arrays.dtypes import PART, rounded
+from ...arrays.dtypes import BYTES, rounded
 from ...trace.ops import TABLE, Type
 from ...trace.program import Buffer, Node, Program
 from ...trace.sums import CHUNK, LANES
@@ -29,7 +29,6 @@ VECTORS = 4  # 16-byte accesses of the narrowest buffer that a thread makes one 
 STEP, SKIPPED, SKIP, INPUTS = 0, 1, 2, 3  # applied steps, skipped ones, whether to skip this one, then the inputs
 
 _TYPE = {"float16": "unsigned short", "bfloat16": "unsigned short", "float32": "float", "float64": "double"}
-_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 _WIDEN = {"float16": "half_to_float({})", "bfloat16": "bfloat_to_float({})"}
 _NARROW = {"float16": "float_to_half({})", "bfloat16": "float_to_bfloat({})"}
 
@@ -103,19 +102,14 @@ def source(program: Program) -> str:
 
 def update_source(program: Program, rows: int) -> str:
     """Kernels ``update`` (the table of up to ``rows`` rows by value) and ``update_many`` (the table in memory)."""
-    real = _TYPE[program.compute]
-    written = {place for place, _ in program.stores}
-    parts = [*_preamble(program), _element(program), _pack(vector_length(program)), _row(program.buffers, written)]
-    parts += [_table(program, rows, real), _FIND, _update_chunk(program, written), _update_kernels(real)]
-    return "\n".join(parts)
+    parts = [*_preamble(program), _element(program), _pack(vector_length(program)), _row(program)]
+    return "\n".join([*parts, _table(program, rows), _FIND, _update_chunk(program), _update_kernels(program)])
 
 
 def norm_source(program: Program, rows: int) -> str:
     """Kernels ``sums`` (a sum of squares for each chunk) and ``fold`` (for each tensor), and both as ``_many``."""
-    real = _TYPE[program.compute]
-    parts = [*_preamble(program), _element(program), _pack(LANES // 32), _row(program.buffers, set())]
-    parts += [_table(program, rows, real), _FIND, _sum_chunk(program), _sum_kernels(real)]
-    return "\n".join(parts)
+    parts = [*_preamble(program), _element(program), _pack(LANES // 32), _row(program)]
+    return "\n".join([*parts, _table(program, rows), _FIND, _sum_chunk(program), _sum_kernels(program)])
 
 
 def prologue_source(program: Program) -> str:
@@ -190,7 +184,7 @@ extern "C" __global__ void upload(const Piece __grid_constant__ piece, unsigned 
 
 def vector_length(program: Program) -> int:
     """Elements that a thread handles at once: as many as 16 bytes of the narrowest buffer hold."""
-    return max(16 // _BYTES[_real(buffer)] for buffer in program.buffers)
+    return max(16 // BYTES[buffer.real] for buffer in program.buffers)
 
 
 def chunk_length(program: Program, elements: int) -> int:
@@ -232,13 +226,9 @@ def _identifier(prefix: str, name: str) -> str:
     return f"{prefix}x_" + re.sub("[^A-Za-z0-9]", lambda match: f"_{ord(match[0]):x}_", name)
 
 
-def _real(buffer: Buffer) -> str:
-    return PART.get(buffer.dtype, buffer.dtype)
-
-
 def _preamble(program: Program) -> Iterator[str]:
     yield f"// {program.name}: " + ", ".join(f"{b.name} {b.dtype}" for b in program.buffers)
-    dtypes = {_real(buffer) for buffer in program.buffers}
+    dtypes = {buffer.real for buffer in program.buffers}
     if any(node.op == "isfinite" for node in program.nodes):
         yield _INFINITY
     if "float16" in dtypes:
@@ -299,35 +289,22 @@ def _cast_scalar(program: Program, number: int, real: str) -> str:
     return f"{value} ? 1 : 0" if program.nodes[number].type is Type.BOOL else f"({real}){value}"
 
 
-def _arguments(program: Program) -> str:
-    """The parameters of `element`: values that it changes by reference, the others by value."""
-    real, written = _TYPE[program.compute], {place for place, _ in program.stores}
-    names = [f"{real}{'&' if i in written else ''} {name_of(b)}" for i, b in enumerate(program.buffers)]
-    return ", ".join([*names, f"const {real}* s"])
-
-
 def _element(program: Program) -> str:
-    """The rule for one element."""
+    """The rule for one element: values that it changes come by reference, the others by value."""
     real = _TYPE[program.compute]
     result = "void" if program.reduces is None else real
-    lines = [f"__device__ __forceinline__ {result} element({_arguments(program)}) {{"]
+    arguments = [f"{real}{'&' if i in program.written else ''} {name_of(b)}" for i, b in enumerate(program.buffers)]
+    lines = [f"__device__ __forceinline__ {result} element({', '.join(arguments)}, const {real}* s) {{"]
     for number, node in program.array_steps:
         if node.op not in ("buffer", "spread"):
             lines.append("    " + _statement(program, number, node, program.compute))
     if program.reduces is not None:
         lines.append(f"    return {_operand(program, program.reduces, program.compute)};")
-    else:
-        lines += _assignments(program)
+    # New values go to their names by way of copies, since one may be another's old value.
+    new = {name_of(program.buffers[b]): _operand(program, n, program.compute) for b, n in program.stores}
+    lines += [f"    const {real} new_{name} = {value};" for name, value in new.items()]
+    lines += [f"    {name} = new_{name};" for name in new]
     return "\n".join([*lines, "}", ""])
-
-
-def _assignments(program: Program) -> Iterator[str]:
-    """New values to their names; by way of copies, since one may be another's old value."""
-    real = _TYPE[program.compute]
-    for place, number in program.stores:
-        yield f"    const {real} new_{name_of(program.buffers[place])} = {_operand(program, number, program.compute)};"
-    for place, _ in program.stores:
-        yield f"    {name_of(program.buffers[place])} = new_{name_of(program.buffers[place])};"
 
 
 def _pack(length: int) -> str:
@@ -339,15 +316,18 @@ template <class T> struct alignas(16) Pack {{
 """
 
 
-def _row(buffers: tuple[Buffer, ...], written: set[int]) -> str:
-    const = ["" if i in written else "const " for i in range(len(buffers))]
-    pointers = [f"    {c}{_TYPE[_real(b)]}* {name_of(b)};" for c, b in zip(const, buffers, strict=True)]
+def _const(program: Program, place: int) -> str:
+    return "" if place in program.written else "const "
+
+
+def _row(program: Program) -> str:
+    pointers = [f"    {_const(program, i)}{_TYPE[b.real]}* {name_of(b)};" for i, b in enumerate(program.buffers)]
     tail = ["    long long length;", "    unsigned first;    // the number of its first chunk"]
     return "\n".join(["struct Row {", *pointers, *tail, "    unsigned scalars;  // where its scalars begin", "};", ""])
 
 
-def _table(program: Program, rows: int, real: str) -> str:
-    count = max(1, len(program.scalars))
+def _table(program: Program, rows: int) -> str:
+    real, count = _TYPE[program.compute], max(1, len(program.scalars))
     checks = layout_checks(Row=row_dtype(program), Table=table_dtype(program, rows))
     return f"struct Table {{\n    Row rows[{rows}];\n    {real} scalars[{count}];\n}};\n{checks}"
 
@@ -359,22 +339,22 @@ def _load_scalars(program: Program) -> str:
     return f"    {real} s[{count}];\n#pragma unroll\n    for (int i = 0; i < {count}; ++i) s[i] = scalars[i];"
 
 
-def _one(program: Program, written: set[int], place: str, indent: str) -> Iterator[str]:
+def _one(program: Program, place: str, indent: str) -> Iterator[str]:
     """Load, compute and store one element; ``place`` spells where a buffer's element is."""
     real = _TYPE[program.compute]
     for buffer in program.buffers:
         stored = place.format(name_of(buffer))
-        yield f"{indent}{real} x_{name_of(buffer)} = ({real}){_WIDEN.get(_real(buffer), '{}').format(stored)};"
+        yield f"{indent}{real} x_{name_of(buffer)} = ({real}){_WIDEN.get(buffer.real, '{}').format(stored)};"
     yield f"{indent}element({', '.join('x_' + name_of(b) for b in program.buffers)}, s);"
     for i, buffer in enumerate(program.buffers):
-        if i in written:
-            value = _NARROW.get(_real(buffer), "{}").format("x_" + name_of(buffer))
+        if i in program.written:
+            value = _NARROW.get(buffer.real, "{}").format("x_" + name_of(buffer))
             yield f"{indent}{place.format(name_of(buffer))} = {value};"
 
 
-def _update_chunk(program: Program, written: set[int]) -> str:
+def _update_chunk(program: Program) -> str:
     length, buffers = vector_length(program), program.buffers
-    first, width = name_of(buffers[0]), _BYTES[_real(buffers[0])]
+    first, width = name_of(buffers[0]), BYTES[buffers[0].real]
     lines = [
         "// A block's part: one chunk, of `size` elements, of one row.",
         f"__device__ __forceinline__ void update_chunk(const Row& row, const {_TYPE[program.compute]}* scalars, "
@@ -384,9 +364,7 @@ def _update_chunk(program: Program, written: set[int]) -> str:
         _load_scalars(program),
     ]
     for i, b in enumerate(buffers):
-        lines.append(
-            f"    {'' if i in written else 'const '}{_TYPE[_real(b)]}* const {name_of(b)} = row.{name_of(b)} + begin;"
-        )
+        lines.append(f"    {_const(program, i)}{_TYPE[b.real]}* const {name_of(b)} = row.{name_of(b)} + begin;")
     lines += [f"    __builtin_assume(__isGlobal({name_of(b)}));" for b in buffers]
     aligned = " | ".join(f"(long long)({name_of(b)} + head)" for b in buffers)
     lines += [
@@ -400,14 +378,13 @@ def _update_chunk(program: Program, written: set[int]) -> str:
         f"        const int at = head + i * {length};",
     ]
     for i, b in enumerate(buffers):
-        kind = f"Pack<{_TYPE[_real(b)]}>"
-        constant = "" if i in written else "const "
-        lines.append(f"        {constant}{kind} pack_{name_of(b)} = *(const {kind}*)({name_of(b)} + at);")
+        kind = f"Pack<{_TYPE[b.real]}>"
+        lines.append(f"        {_const(program, i)}{kind} pack_{name_of(b)} = *(const {kind}*)({name_of(b)} + at);")
     lines += ["#pragma unroll", f"        for (int k = 0; k < {length}; ++k) {{"]
-    lines += [*_one(program, written, "pack_{}.at[k]", " " * 12), "        }"]
+    lines += [*_one(program, "pack_{}.at[k]", " " * 12), "        }"]
     for i, b in enumerate(buffers):
-        if i in written:
-            lines.append(f"        *(Pack<{_TYPE[_real(b)]}>*)({name_of(b)} + at) = pack_{name_of(b)};")
+        if i in program.written:
+            lines.append(f"        *(Pack<{_TYPE[b.real]}>*)({name_of(b)} + at) = pack_{name_of(b)};")
     lines += [
         "    }",
         "",
@@ -415,7 +392,7 @@ def _update_chunk(program: Program, written: set[int]) -> str:
         "#pragma unroll 1",
         f"    for (int i = threadIdx.x; i < count - body; i += {THREADS}) {{  // the head and the tail",
         "        const int at = i < head ? i : i + body;",
-        *_one(program, written, "{}[at]", " " * 8),
+        *_one(program, "{}[at]", " " * 8),
         "    }",
         "}",
         "",
@@ -432,10 +409,10 @@ def _also_many(name: str, kernel: str) -> str:
     return f"{kernel}\n{many.replace('table.rows', 'rows')}"
 
 
-def _update_kernels(real: str) -> str:
+def _update_kernels(program: Program) -> str:
     update = f"""\
 extern "C" __global__ void __launch_bounds__({THREADS}) update(
-    {_TABLE}unsigned count, int size, const {real}* scalars,
+    {_TABLE}unsigned count, int size, const {_TYPE[program.compute]}* scalars,
     const double* skip) {{
     if (skip && *skip != 0.0) return;
     const Row& row = table.rows[find(table.rows, count, blockIdx.x)];
@@ -450,7 +427,8 @@ extern "C" __global__ void __launch_bounds__({THREADS}) update(
 def _sum_chunk(program: Program) -> str:
     lanes = LANES // 32
     real = _TYPE[program.compute]
-    used = [b for i, b in enumerate(program.buffers) if _used(program, i)]
+    read = {program.nodes[n].index for n in program.needed if program.nodes[n].op == "buffer"}
+    used = [program.buffers[i] for i in sorted(read)]
     lines = [
         f"// The sum of squares of a chunk of {CHUNK}: a warp keeps {LANES} sums, {lanes} a thread, then adds halves.",
         f"__device__ __forceinline__ void sum_chunk(const Row& row, const {real}* scalars, unsigned chunk, "
@@ -458,16 +436,16 @@ def _sum_chunk(program: Program) -> str:
         f"    const long long begin = (long long)chunk * {CHUNK};",
         f"    const int count = row.length - begin < {CHUNK} ? (int)(row.length - begin) : {CHUNK};",
         _load_scalars(program),
-        *(f"    const {_TYPE[_real(b)]}* const {name_of(b)} = row.{name_of(b)} + begin;" for b in used),
+        *(f"    const {_TYPE[b.real]}* const {name_of(b)} = row.{name_of(b)} + begin;" for b in used),
         *(f"    __builtin_assume(__isGlobal({name_of(b)}));" for b in used),
         f"    const bool aligned = (({' | '.join(f'(long long){name_of(b)}' for b in used)}) & 15) == 0;",
         f"    double sum[{lanes}] = {{}};",
         "#pragma unroll 2",
         f"    for (int at = threadIdx.x % 32 * {lanes}; at < count; at += {LANES}) {{",
-        *(f"        Pack<{_TYPE[_real(b)]}> pack_{name_of(b)} = {{}};" for b in used),
+        *(f"        Pack<{_TYPE[b.real]}> pack_{name_of(b)} = {{}};" for b in used),
         f"        const int here = count - at < {lanes} ? count - at : {lanes};",
         f"        if (aligned && here == {lanes}) {{",
-        *(f"            pack_{name_of(b)} = *(const Pack<{_TYPE[_real(b)]}>*)({name_of(b)} + at);" for b in used),
+        *(f"            pack_{name_of(b)} = *(const Pack<{_TYPE[b.real]}>*)({name_of(b)} + at);" for b in used),
         "        } else {",
         "#pragma unroll",
         f"            for (int k = 0; k < {lanes}; ++k)",
@@ -479,7 +457,7 @@ def _sum_chunk(program: Program) -> str:
         f"        for (int k = 0; k < {lanes}; ++k) {{",
     ]
     for b in program.buffers:
-        value = f"({real}){_WIDEN.get(_real(b), '{}').format(f'pack_{name_of(b)}.at[k]')}" if b in used else "0"
+        value = f"({real}){_WIDEN.get(b.real, '{}').format(f'pack_{name_of(b)}.at[k]')}" if b in used else "0"
         lines.append(f"            const {real} x_{name_of(b)} = {value};")
     arguments = ", ".join("x_" + name_of(b) for b in program.buffers)
     lines += [
@@ -504,15 +482,11 @@ def _sum_chunk(program: Program) -> str:
     return "\n".join(lines)
 
 
-def _used(program: Program, place: int) -> bool:
-    return any(program.nodes[n].op == "buffer" and program.nodes[n].value == place for n in program.needed)
-
-
-def _sum_kernels(real: str) -> str:
+def _sum_kernels(program: Program) -> str:
     warps = THREADS // 32
     sums = f"""\
 extern "C" __global__ void __launch_bounds__({THREADS}) sums(
-    {_TABLE}unsigned count, unsigned chunks, const {real}* scalars,
+    {_TABLE}unsigned count, unsigned chunks, const {_TYPE[program.compute]}* scalars,
     double* out) {{
     const unsigned chunk = blockIdx.x * {warps} + threadIdx.x / 32;
     if (chunk >= chunks) return;

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from ...arrays.dtypes import BYTES
 from ...trace.program import BlockProgram, Node
 from .elementwise import (
-    _BYTES,
     _INTEGER_POWER,
     _STORED,
     DECLARATIONS,
@@ -20,7 +20,6 @@ from .elementwise import (
     _operand,
     _operation,
     _prologue,
-    _real_type,
     _store,
     load_fields,
 )
@@ -84,14 +83,14 @@ declare void @llvm.memcpy.p0.p0.i64(ptr, ptr, i64, i1)
 
 def assembly(program: BlockProgram, *, in_place: bool) -> str:
     """The module: ``prologue(inputs, scalars)`` and ``run(job, worker)``."""
-    dtype = _real_type(program.buffers[0])
+    dtype = program.buffers[0].real
     call = "i64 %low, i64 %high, ptr %x, ptr %scalars, ptr %words"
     parts = [_INTEGER_POWER, TASKS, _prologue(program), _blocks(program, "in_place", same=True)]
     if not in_place:
         call = "i64 %low, i64 %high, ptr %x, ptr %y, ptr %scalars, ptr %words"
         parts.append(_blocks(program, "blocks", same=False))
     loads = load_fields("job", "ptr x", "ptr y", "i64 numbers", "ptr scalars", "ptr words", "i64 grain", first=2)
-    run = _RUN.format(loads=loads, width=len(program.lanes), stored=_STORED[dtype], size=_BYTES[dtype], call=call)
+    run = _RUN.format(loads=loads, width=len(program.lanes), stored=_STORED[dtype], size=BYTES[dtype], call=call)
     parts += [run.replace("@blocks", "@in_place") if in_place else run, DECLARATIONS]
     return "\n".join(parts) + "\n"
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 
-from ...arrays.dtypes import PART, rounded
+from ...arrays.dtypes import BYTES, rounded
 from ...trace.ops import TABLE, Type
 from ...trace.program import Buffer, Node, Program
 from ...trace.sums import CHUNK, LANES
@@ -21,7 +21,6 @@ HEADER = 3  # columns of a row before its pointers: length, start, scalar block
 _REAL = {"float32": "float", "float64": "double"}
 _SUFFIX = {"float32": "f32", "float64": "f64"}
 _STORED = {"float16": "half", "bfloat16": "i16", "float32": "float", "float64": "double"}
-_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
 # For a tensor of so many elements, which is hardly in a fast cache: its memory is asked for ahead of need, a block at a
 # time (1,024 float32 are a page, at whose end the CPU's own look-ahead stops).
@@ -220,10 +219,6 @@ def literal(value: float, kind: str) -> str:
     return f"0x{struct.unpack('<Q', struct.pack('<d', rounded(value, kind)))[0]:016X}"
 
 
-def _real_type(buffer: Buffer) -> str:
-    return PART.get(buffer.dtype, buffer.dtype)
-
-
 def _operation(program: Program, number: int, node: Node, kind: str) -> str:
     names = [_operand(program, i, kind) for i in node.args]
     return TABLE[node.op].llvm.format(*names, r=f"%v{number}", T=_REAL[kind], S=_SUFFIX[kind])
@@ -289,7 +284,7 @@ def _body(program: Program) -> Iterator[str]:
 
 def _load(buffer: Buffer, place: int, number: int, compute: str) -> Iterator[str]:
     """Element ``%i``, widened (or, from a wider gradient, rounded) to the compute dtype."""
-    dtype, real, out = _real_type(buffer), _REAL[compute], f"%v{number}"
+    dtype, real, out = buffer.real, _REAL[compute], f"%v{number}"
     stored = _STORED[dtype]
     yield f"  {out}.at = getelementptr {stored}, ptr %b{place}, i64 %i"
     if dtype == compute:
@@ -305,13 +300,13 @@ def _load(buffer: Buffer, place: int, number: int, compute: str) -> Iterator[str
         yield f"  {out}.single = bitcast i32 {out}.bits to float"
         yield f"  {out} = fpext float {out}.single to double"
         return
-    cast = "fptrunc" if _BYTES[dtype] > _BYTES[compute] else "fpext"
+    cast = "fptrunc" if BYTES[dtype] > BYTES[compute] else "fpext"
     yield f"  {out} = {cast} {stored} {out}.raw to {real}"
 
 
 def _store(buffer: Buffer, place: int, value: str, compute: str) -> Iterator[str]:
     """Element ``%i``, rounded to nearest even where the buffer is narrower than the compute dtype."""
-    dtype, real, tag = _real_type(buffer), _REAL[compute], f"%w{place}"
+    dtype, real, tag = buffer.real, _REAL[compute], f"%w{place}"
     stored = _STORED[dtype]
     yield f"  {tag}.at = getelementptr {stored}, ptr %b{place}, i64 %i"
     if dtype == "float16":
@@ -351,12 +346,12 @@ def _far(program: Program) -> str:
 
     While a block waits for its divisions and roots, the memory is kept busy. The arithmetic is the same code.
     """
-    buffers = [_STORED[_real_type(buffer)] for buffer in program.buffers]
+    buffers = [_STORED[buffer.real] for buffer in program.buffers]
     args = ", ".join(["i64 %n", *(f"ptr %b{i}" for i in range(len(buffers))), "ptr %scalars"])
     lines = [f"define internal void @far({args}) noinline {{", "entry:", "  br label %block", "block:"]
     lines += ["  %i = phi i64 [ 0, %entry ], [ %next, %block ]", f"  %ahead = add i64 %i, {_AHEAD}"]
     for place, buffer in enumerate(program.buffers):
-        step = 64 // _BYTES[_real_type(buffer)]
+        step = 64 // BYTES[buffer.real]
         for line in range(0, _BLOCK, step):
             lines += [
                 f"  %l{place}.{line} = add i64 %ahead, {line}",
@@ -450,13 +445,13 @@ def _chunk(program: Program) -> str:
 
 def _driver(program: Program) -> str:
     columns = HEADER + len(program.buffers)
-    block_bytes = len(program.scalars) * _BYTES[program.compute]
+    block_bytes = len(program.scalars) * BYTES[program.compute]
     lines, pointers = [], []
     for i, buffer in enumerate(program.buffers):
         lines += [
             f"  %cell{i} = getelementptr i8, ptr %entryp, i64 {8 * (HEADER + i)}",
             f"  %base{i} = load ptr, ptr %cell{i}",
-            f"  %ptr{i} = getelementptr {_STORED[_real_type(buffer)]}, ptr %base{i}, i64 %from",
+            f"  %ptr{i} = getelementptr {_STORED[buffer.real]}, ptr %base{i}, i64 %from",
         ]
         pointers.append(f"ptr %ptr{i}")
     arguments = ", ".join(["i64 %count", *pointers, "ptr %constants"])

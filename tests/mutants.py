@@ -63,8 +63,8 @@ GENERATORS = ("xpoptim/codegen/",)  # every string in files of such a name is co
 EQUIVALENT: list[tuple[str, str, str, str]] = [
     (
         "xpoptim/engines/cuda/plan.py",
-        "self._prologue(group, group.norm, self._counter, tensors=0, advance=False, from_state=from_state)",
-        "self._prologue(group, group.norm, self._counter, tensors=1, advance=False, from_state=from_state)",
+        "self._prologue(group, table, self._counter, tensors=0, advance=False, from_state=from_state)",
+        "self._prologue(group, table, self._counter, tensors=1, advance=False, from_state=from_state)",
         "the program of a norm takes no norm: one total more is read, for nothing",
     ),
     (

@@ -110,11 +110,9 @@ class _Table:
             return
         words = np.frombuffer(now, np.uint64)
         for at in range(0, words.size, text.UPLOAD_WORDS):
-            piece = np.zeros((1, text.UPLOAD_WORDS), np.uint64)
-            part = words[at : at + text.UPLOAD_WORDS]
-            piece[0, : part.size] = part
-            value = piece.view(text.PIECE_DTYPE).reshape(1)
-            driver.launch(self._upload_kernel, 16, text.THREADS, (value, np.uint32(part.size), self._memory[at:]))
+            piece, part = np.zeros(1, text.PIECE_DTYPE), words[at : at + text.UPLOAD_WORDS]
+            piece["words"][0, : part.size] = part
+            driver.launch(self._upload_kernel, 16, text.THREADS, (piece, np.uint32(part.size), self._memory[at:]))
         self._uploaded = now
 
 
@@ -264,12 +262,24 @@ class Plan:
     # The passes.
 
     def _norm(self, from_state: bool) -> None:
+        """Sums of squares of the tensors, into ``totals``."""
         for group in self._groups:
-            assert group.norm is not None
+            table = group.norm
+            assert table is not None
             with driver.on(group.device):
-                if self._counter is not None and group.norm.program.scalars:
-                    self._prologue(group, group.norm, self._counter, tensors=0, advance=False, from_state=from_state)
-                self._sum(group)
+                if self._counter is None:
+                    table.set_scalars(self._inputs)
+                elif table.program.scalars:
+                    self._prologue(group, table, self._counter, tensors=0, advance=False, from_state=from_state)
+                for gradient in group.in_order:
+                    gradient.renew(int(group.update.rows["g"][gradient.row]))
+                    table.rows["g"][gradient.row] = gradient.copy.data.ptr
+                if group.norm_chunks:
+                    blocks = -(-group.norm_chunks // (text.THREADS // 32))
+                    counts = (np.uint32(table.count), np.uint32(group.norm_chunks))
+                    scalars = _NULL if self._counter is None else table.device_scalars
+                    table.launch("sums", blocks, text.THREADS, *counts, scalars, group.sums)
+                table.launch("fold", table.count, text.FOLD_THREADS, group.sums, group.totals)
 
     def _update(self, from_state: bool) -> None:
         for n, group in enumerate(self._groups):
@@ -301,24 +311,6 @@ class Plan:
         argument = np.zeros(1, text.inputs_dtype(len(self.recipe.inputs)))
         argument["at"][0, : len(inputs)] = inputs
         return argument
-
-    def _sum(self, group: _Group) -> None:
-        """Sums of squares of the group's tensors, into ``totals``."""
-        table = group.norm
-        assert table is not None
-        scalars: object = _NULL
-        for gradient in group.in_order:
-            gradient.renew(int(group.update.rows["g"][gradient.row]))
-            table.rows["g"][gradient.row] = gradient.copy.data.ptr
-        if self._counter is None:
-            table.set_scalars(self._inputs)
-        else:
-            scalars = table.device_scalars
-        if group.norm_chunks:
-            blocks = -(-group.norm_chunks // (text.THREADS // 32))
-            counts = (np.uint32(table.count), np.uint32(group.norm_chunks))
-            table.launch("sums", blocks, text.THREADS, *counts, scalars, group.sums)
-        table.launch("fold", table.count, text.FOLD_THREADS, group.sums, group.totals)
 
 
 def _in_order(gradients: list[CuPyArray]) -> list[_InOrder]:

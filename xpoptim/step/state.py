@@ -57,11 +57,15 @@ def check_same_parameters(old: Signature, new: Signature) -> None:
     if set(old) != set(new):
         raise ValueError(f"the state dict is of parameters {_listed(new)}, but this optimizer is of {_listed(old)}")
     for key in old:
-        if old[key][1:3] != new[key][1:3]:
-            raise ValueError(
-                f"{key!r} has shape {new[key][1]} and dtype {new[key][2]} in the state dict, "
-                f"but shape {old[key][1]} and dtype {old[key][2]} in this optimizer"
-            )
+        _check_alike(repr(key), old[key][1:3], new[key][1:3])
+
+
+def _check_alike(what: str, ours: tuple[Shape, str], saved: tuple[Shape, str]) -> None:
+    if ours != saved:
+        raise ValueError(
+            f"{what} has shape {saved[0]} and dtype {saved[1]} in the state dict, "
+            f"but shape {ours[0]} and dtype {ours[1]} in this optimizer"
+        )
 
 
 def _listed(keys: Iterable[object]) -> str:
@@ -107,23 +111,16 @@ def check_signature(owner: str, known: Signature | None, leaves: list[Leaf]) -> 
     if known is None or now == known:
         return now
     _check_keys(owner, set(now), set(known))
-    leaf = next((leaf for leaf in leaves if not _alike(now[leaf.key], known[leaf.key])), None)
-    if leaf is None:
-        return now
     what = ("namespace", "shape", "dtype", "device")
-    changes = [
-        f"{kind} {old}, now {new}"
-        for kind, old, new in zip(what, known[leaf.key], now[leaf.key], strict=True)
-        if old not in (None, new)
-    ]
-    raise ValueError(
-        f"{leaf.named('params')} had {' and '.join(changes)}: these are fixed by the first step "
-        f"(or the state dict that was loaded); make a new {owner} for other parameters"
-    )
-
-
-def _alike(now: _Known, known: _Known) -> bool:
-    return all(old in (None, new) for old, new in zip(known, now, strict=True))
+    for leaf in leaves:
+        was_and_is = zip(what, known[leaf.key], now[leaf.key], strict=True)
+        changes = [f"{kind} {old}, now {new}" for kind, old, new in was_and_is if old not in (None, new)]
+        if changes:
+            raise ValueError(
+                f"{leaf.named('params')} had {' and '.join(changes)}: these are fixed by the first step "
+                f"(or the state dict that was loaded); make a new {owner} for other parameters"
+            )
+    return now
 
 
 def fresh_slots(starts: Slots, leaves: list[Leaf]) -> SlotArrays:
@@ -269,9 +266,5 @@ def check_same(old: SlotArrays, new: SlotArrays) -> None:
                 f"but this optimizer has it for {', '.join(sorted(old[name]))}: load it into a new optimizer"
             )
         for key, a in old[name].items():
-            b = new[name][key]
-            if tuple(a.shape) != tuple(b.shape) or dtype_name(a) != dtype_name(b):
-                raise ValueError(
-                    f"slot {name!r} of {key!r} has shape {tuple(b.shape)} and dtype {dtype_name(b)} in the state dict, "
-                    f"but shape {tuple(a.shape)} and dtype {dtype_name(a)} in this optimizer"
-                )
+            ours, saved = ((tuple(x.shape), dtype_name(x)) for x in (a, new[name][key]))
+            _check_alike(f"slot {name!r} of {key!r}", ours, saved)

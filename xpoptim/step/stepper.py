@@ -138,12 +138,10 @@ class Stepper:
     # Devices
 
     def _keeper(self, engine: Engine) -> Keeper | None:
-        if engine not in self._keepers:
-            keeper = engine.keeper()
-            if keeper is None:
-                return None
+        keeper = self._keepers.get(engine) or engine.keeper()
+        if keeper is not None:
             self._keepers[engine] = keeper
-        return self._keepers[engine]
+        return keeper
 
     def _keepers_of(self, arrays: list[Array]) -> list[tuple[Keeper, set[int]]]:
         """The keepers of all engines so far and of those of some arrays, with these arrays' devices."""

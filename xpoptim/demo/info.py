@@ -129,32 +129,32 @@ def load_cupy() -> ModuleType:
 def engines(cuda: Row) -> list[Row]:
     """Each engine, by making a step with it."""
     return [
-        probe("reference", lambda: step_on(np, "reference") or "usable: any Array API namespace"),
+        probe("reference", lambda: step_on(np, "reference", "any Array API namespace")),
         probe("fused, CPU", fused_cpu),
         fused_cuda(cuda),
     ]
 
 
-def step_on(xp: ModuleType, engine: Choice) -> str:
-    """Make one step and check what comes out; nothing to say if it is right."""
+def step_on(xp: ModuleType, engine: Choice, arrays: str) -> str:
+    """Make one step and check what comes out; for which arrays the engine is there, if it is right."""
     params = {"W": xp.ones(3, dtype="float32")}
     with xo.engine(engine):
         xo.SGD(lr=0.5).update(params, {"W": xp.ones(3, dtype="float32")})
     if [float(value) for value in params["W"]] != [0.5, 0.5, 0.5]:
         raise RuntimeError(f"a step gave {params['W']} where 0.5 is right: please report this")
-    return ""
+    return f"usable: {arrays}"
 
 
 def fused_cpu() -> str:
     load_llvmlite()
     remark = f", {native.WITHOUT}: {native.missing()}" if native.missing() else ""
-    return step_on(np, "fused") or f"usable: NumPy arrays{remark}"
+    return step_on(np, "fused", f"NumPy arrays{remark}")
 
 
 def fused_cuda(cuda: Row) -> Row:
     if not cuda.usable:
         return Row("fused, CUDA", False, cuda.text)
-    return probe("fused, CUDA", lambda: step_on(load_cupy(), "fused") or "usable: CuPy arrays")
+    return probe("fused, CUDA", lambda: step_on(load_cupy(), "fused", "CuPy arrays"))
 
 
 def compiler() -> list[Row]:

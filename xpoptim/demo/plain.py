@@ -9,11 +9,14 @@ of NumPy's widens float32 arrays and slows this side down.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 
 Arrays = dict[str, np.ndarray]  # or CuPy's
+Slots = defaultdict[str, Any]  # arrays after the first step, which finds 0.0
 
 
 class PlainSGD:
@@ -28,12 +31,10 @@ class PlainSGD:
 class PlainMomentum:
     def __init__(self, lr: float, momentum: float = 0.9) -> None:
         self.lr, self.momentum = lr, momentum
-        self.v: Arrays = {}
+        self.v: Slots = defaultdict(float)
 
     def update(self, params: Arrays, grads: Arrays) -> None:
         for key in params:
-            if key not in self.v:
-                self.v[key] = 0 * params[key]
             self.v[key] = self.momentum * self.v[key] - self.lr * grads[key]
             params[key] += self.v[key]
 
@@ -41,8 +42,6 @@ class PlainMomentum:
 class PlainNesterov(PlainMomentum):
     def update(self, params: Arrays, grads: Arrays) -> None:
         for key in params:
-            if key not in self.v:
-                self.v[key] = 0 * params[key]
             params[key] += self.momentum**2 * self.v[key] - (1 + self.momentum) * self.lr * grads[key]
             self.v[key] = self.momentum * self.v[key] - self.lr * grads[key]
 
@@ -50,12 +49,10 @@ class PlainNesterov(PlainMomentum):
 class PlainAdaGrad:
     def __init__(self, lr: float, xp: ModuleType, eps: float = 1e-7) -> None:
         self.lr, self.xp, self.eps = lr, xp, eps
-        self.h: Arrays = {}
+        self.h: Slots = defaultdict(float)
 
     def update(self, params: Arrays, grads: Arrays) -> None:
         for key in params:
-            if key not in self.h:
-                self.h[key] = 0 * params[key]
             self.h[key] += grads[key] * grads[key]
             params[key] -= self.lr * grads[key] / (self.xp.sqrt(self.h[key]) + self.eps)
 
@@ -65,8 +62,6 @@ class PlainRMSprop(PlainAdaGrad):
 
     def update(self, params: Arrays, grads: Arrays) -> None:
         for key in params:
-            if key not in self.h:
-                self.h[key] = 0 * params[key]
             self.h[key] *= self.decay_rate
             self.h[key] += (1 - self.decay_rate) * grads[key] * grads[key]
             params[key] -= self.lr * grads[key] / (self.xp.sqrt(self.h[key]) + self.eps)
@@ -78,15 +73,13 @@ class PlainAdam:
     def __init__(self, lr: float, xp: ModuleType, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-7) -> None:
         self.lr, self.xp, self.beta1, self.beta2, self.eps = lr, xp, beta1, beta2, eps
         self.t = 0
-        self.m: Arrays = {}
-        self.v: Arrays = {}
+        self.m: Slots = defaultdict(float)
+        self.v: Slots = defaultdict(float)
 
     def update(self, params: Arrays, grads: Arrays) -> None:
         self.t += 1
         lr_t = self.lr * math.sqrt(1 - self.beta2**self.t) / (1 - self.beta1**self.t)
         for key in params:
-            if key not in self.m:
-                self.m[key], self.v[key] = 0 * params[key], 0 * params[key]
             if self.weight_decay:
                 params[key] *= 1 - self.lr * self.weight_decay
             self.m[key] += (1 - self.beta1) * (grads[key] - self.m[key])

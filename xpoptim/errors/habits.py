@@ -81,7 +81,8 @@ def _model(x: object) -> str:
         return "pass its arrays, params = list(model.parameters()), and a list of their gradients"
     if _has(x, "params") and not callable(x):  # the book's networks and layers
         return "pass its arrays, model.params, and a container of their gradients that is nested alike"
-    arrays = [name for name, value in _variables(x).items() if getattr(type(value), "shape", None) is not None]
+    attributes = getattr(x, "__dict__", {})
+    arrays = [name for name, value in attributes.items() if getattr(type(value), "shape", None) is not None]
     if not arrays or callable(x):
         return ""
     shown = ", ".join(f"{name!r}: model.{name}" for name in arrays[:3])
@@ -96,10 +97,3 @@ def _gives(x: object, name: str) -> bool:
     """Whether it has this attribute, and that as a method if it can be called itself: a schedule may have any other."""
     method = inspect.getattr_static(x, name, None)
     return method is not None and (not callable(x) or callable(method) or isinstance(method, classmethod))
-
-
-def _variables(x: object) -> dict[str, object]:
-    try:
-        return vars(x)
-    except TypeError:
-        return {}

@@ -136,12 +136,9 @@ def words(seed: int, stream: int, n: int, xp: object = None, *, start_block: int
     if start_block + _blocks(n) > 2**64:
         raise ValueError(f"start_block={start_block} leaves fewer than the {_blocks(n)} blocks that n={n} needs")
 
-    def convert(lib: Namespace, lane: Array) -> Array:
-        return lib.astype(lane, lib.uint32)
-
     xp = standard(xp)
     with library_behind(xp).on(device):
-        return _draw(convert, "uint32", seed, stream, n, start_block, xp, device)
+        return _draw(None, seed, stream, n, start_block, xp, device)
 
 
 def keep_mask(
@@ -153,11 +150,7 @@ def keep_mask(
     if limit in (0, 2**32):  # nothing or everything is dropped: no word needs to be drawn
         return xp.full(shape, limit == 0, dtype=xp.bool, device=device)
 
-    def convert(lib: Namespace, lane: Array) -> Array:
-        return kept(lane, limit)
-
-    keep = _draw(convert, "bool", seed, stream, math.prod(shape), 0, xp, device)
-    return xp.reshape(keep, shape)
+    return xp.reshape(_draw(limit, seed, stream, math.prod(shape), 0, xp, device), shape)
 
 
 def kept(word: Any, limit: Any) -> Any:
@@ -170,33 +163,24 @@ def threshold(ratio: float) -> int:
     return round(ratio * 2**32)
 
 
-def _draw(
-    convert: Callable[[Namespace, Array], Array],
-    dtype: str,
-    seed: int,
-    stream: int,
-    n: int,
-    start_block: int,
-    xp: Namespace,
-    device: Device,
-) -> Array:
-    """``convert(lane)`` of ``n`` words, piece by piece, so that no temporary grows with ``n``."""
+def _draw(limit: int | None, seed: int, stream: int, n: int, start_block: int, xp: Namespace, device: Device) -> Array:
+    """``n`` words, or what is `kept` by them, piece by piece, so that no temporary grows with ``n``."""
     library = library_behind(xp)
     if not library.wrapping_products:
-        on_host = _draw(convert, dtype, seed, stream, n, start_block, standard(None), None)
-        return xp.asarray(on_host)
+        return xp.asarray(_draw(limit, seed, stream, n, start_block, standard(None), None))
 
     # torch has no uint64 arithmetic; its int64 product wraps to the same bits.
     unsigned = library.unsigned_integers
     mulhilo, lane_dtype = (_mulhilo_unsigned, xp.uint64) if unsigned else (_mulhilo_signed, xp.int64)
     piece = PIECE_ON_GPU if library.launches(device) else PIECE_ON_HOST
     keys = round_keys(seed)
-    out = xp.empty(n, dtype=getattr(xp, dtype), device=device)
+    out = xp.empty(n, dtype=xp.uint32 if limit is None else xp.bool, device=device)
     for first, stop in _pieces(start_block, start_block + _blocks(n), piece):
         low, high = first & MASK32, first >> 32
         block_low = xp.arange(low, low + (stop - first), dtype=lane_dtype, device=device)
         counter: tuple[Any, ...] = (block_low, high, stream & MASK32, stream >> 32)
-        lanes = [convert(xp, lane) for lane in philox4x32(counter, keys, mulhilo)]
+        drawn = philox4x32(counter, keys, mulhilo)
+        lanes = [xp.astype(lane, xp.uint32) if limit is None else kept(lane, limit) for lane in drawn]
         begin = 4 * (first - start_block)
         end = min(n, begin + 4 * (stop - first))
         out[begin:end] = xp.reshape(xp.stack(lanes, axis=1), (-1,))[: end - begin]

@@ -13,6 +13,7 @@ from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 
+from ...arrays.namespaces.cupy_namespace import on
 from ...arrays.types import CuPyArray, DType, Shape
 
 
@@ -26,13 +27,6 @@ class Event(Protocol):
 
 
 Function: TypeAlias = Callable[[tuple[int], tuple[int], tuple[object, ...]], None]  # of grid, block and arguments
-
-
-def on(device: int) -> AbstractContextManager[object]:
-    """Make a GPU the current one."""
-    import cupy
-
-    return cupy.cuda.Device(device)
 
 
 def beside(array: CuPyArray) -> AbstractContextManager[object]:

@@ -15,7 +15,7 @@ from ..arrays.leaves import Leaf
 from ..arrays.namespaces.lookup import beside, device_of, dtype_name, namespace
 from ..arrays.types import Array, Device, DType, Namespace
 from ..recipe.recipe import Recipe, Traced
-from ..trace.language import Functions, Value, among_arrays
+from ..trace.language import Functions, Value, among_arrays, scalar_arguments
 from ..trace.ops import BOOL, TABLE, Op, Type
 from ..trace.program import Program
 from ..trace.scalars import evaluate
@@ -165,11 +165,8 @@ def _plain(recipe: Recipe, xp: Namespace, arrays: list[Array], dtype: str, input
     cast = [xp.astype(a, compute, copy=False) for a in arrays]
     backend = Eager(recipe.name, xp, compute, device_of(arrays[0]))
     buffers = {name: Value(backend, a, argument=name) for name, a in zip(recipe.buffers, cast, strict=True)}
-    scalars = {
-        name: Value(backend, np.float64(x), scalar=True, integral=name == "t", argument=name)
-        for name, x in zip(recipe.inputs, inputs, strict=True)
-    }
-    result = recipe.update(Functions(backend), buffers, scalars)
+    scalars: dict[str, _Raw] = dict(zip(recipe.inputs, map(np.float64, inputs), strict=True))
+    result = recipe.update(Functions(backend), buffers, scalar_arguments(backend, scalars))
     new = [among_arrays(result[name]) for name in recipe.buffers if name != "g"]
     return [_apart(xp, raw, arrays, handed_through=any(raw is a for a in cast)) for raw in new]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn, Protocol, TypeAlias, TypeVar
 
 import numpy as np
@@ -182,6 +182,11 @@ class Value:
 
     def __repr__(self) -> str:
         return f"<{'scalar' if self.scalar else 'array'} {self._who()} in {self.backend.rule}>"
+
+
+def scalar_arguments(backend: Backend[_Raw], raw: Mapping[str, _Raw]) -> dict[str, Value]:
+    """The scalars that a rule is given, of which ``t`` is an integer."""
+    return {name: Value(backend, x, scalar=True, integral=name == "t", argument=name) for name, x in raw.items()}
 
 
 def lift(backend: Backend, x: object, type: Type = REAL) -> Value:

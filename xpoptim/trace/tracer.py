@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from ..arrays.dtypes import PART, compute_dtype
-from .language import Functions, Value, among_arrays
+from .language import Functions, Value, among_arrays, scalar_arguments
 from .ops import REAL, Op, Type
 from .program import BlockProgram, Buffer, Node, Program
 
@@ -41,10 +41,7 @@ class Tracer:
 
     def inputs(self, names: tuple[str, ...]) -> dict[str, Value]:
         """The scalars that the caller of the program supplies."""
-        nodes = {name: self.add(Node("input", (), REAL, True, name)) for name in names}
-        return {
-            name: Value(self, node, scalar=True, integral=name == "t", argument=name) for name, node in nodes.items()
-        }
+        return scalar_arguments(self, {name: self.add(Node("input", (), REAL, True, name)) for name in names})
 
 
 def trace(

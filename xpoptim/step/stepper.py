@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from ctypes import c_int64
 from typing import TypeVar
 
@@ -158,23 +158,15 @@ class Stepper:
             keeper.refuse_capture(devices)
         return found
 
-    @contextmanager
-    def _turn(self, leaves: list[Leaf]) -> Iterator[None]:
+    def _turn(self, leaves: list[Leaf]) -> AbstractContextManager[None]:
         """A step in full, whose plan takes the place of the last one's."""
         turns = self._not_captured(leaves)
         self.release()
-        with ExitStack() as stack:
-            for keeper, devices in turns:
-                stack.enter_context(keeper.taken(devices))
-            yield
+        return _within(keeper.taken(devices) for keeper, devices in turns)
 
-    @contextmanager
-    def apart(self, what: str, state: State) -> Iterator[None]:
+    def apart(self, what: str, state: State) -> AbstractContextManager[None]:
         """What is done with a state between steps."""
-        with ExitStack() as stack:
-            for keeper, devices in self._keepers_of(_arrays(state)):
-                stack.enter_context(keeper.apart(what, devices))
-            yield
+        return _within(keeper.apart(what, devices) for keeper, devices in self._keepers_of(_arrays(state)))
 
     def release(self) -> None:
         for keeper in self._keepers.values():
@@ -236,6 +228,15 @@ class Stepper:
         self.state, self.known = state, known
         for keeper, devices in self._keepers_of(_arrays(state)):
             keeper.end(devices)
+
+
+@contextmanager
+def _within(blocks: Iterable[AbstractContextManager[None]]) -> Iterator[None]:
+    """A block within all of these."""
+    with ExitStack() as stack:
+        for block in blocks:
+            stack.enter_context(block)
+        yield
 
 
 def initial_slots(settings: Declaration, params: object) -> SlotArrays:

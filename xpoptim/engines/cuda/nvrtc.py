@@ -64,7 +64,11 @@ def cubin(source: str, arch: str, options: Sequence[str] = ()) -> bytes:
     arguments = (*FLAGS, f"-arch={arch}", *options)
     key = _key(source, arguments)
     if key not in _memory:
-        _memory[key] = _read(key) or _compile_and_keep(key, source, arguments)
+        image = _read(key)
+        if not image:
+            image = _compile(source, arguments)
+            _write(key, image)
+        _memory[key] = image
     return _memory[key]
 
 
@@ -208,12 +212,6 @@ def cache_folder() -> Path | None:
 def _key(source: str, arguments: Sequence[str]) -> str:
     """A name for all that the cubin depends on; the architecture is one of the arguments."""
     return hashlib.sha256(json.dumps([source, *arguments, version()]).encode()).hexdigest()
-
-
-def _compile_and_keep(key: str, source: str, arguments: Sequence[str]) -> bytes:
-    image = _compile(source, arguments)
-    _write(key, image)
-    return image
 
 
 def _read(key: str) -> bytes | None:

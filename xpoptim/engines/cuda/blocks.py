@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cached_property
-
 import numpy as np
 
 from ...arrays.types import CuPyArray
@@ -18,7 +16,7 @@ class BlockKernel:
     """The array's GPU has to be the current one. The work is done on the current stream."""
 
     def __init__(self, program: BlockProgram) -> None:
-        self._program = program
+        self._program, self._source = program, blocks.source(program)
 
     def __call__(self, x: CuPyArray, y: CuPyArray, numbers: int, scalars: np.ndarray, words: np.ndarray) -> None:
         per_thread = len(self._program.lanes) * blocks.blocks_of_a_thread(self._program)
@@ -27,7 +25,3 @@ class BlockKernel:
         # One structured element each, which a kernel gets by value.
         by_value = (scalars.view(blocks.scalars_dtype(self._program)), words.view(blocks.words_dtype(self._program)))
         driver.launch(function, grid, THREADS, (x, y, np.int64(numbers), *by_value))
-
-    @cached_property
-    def _source(self) -> str:
-        return blocks.source(self._program)

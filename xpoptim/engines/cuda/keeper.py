@@ -36,12 +36,6 @@ class Counter:
             driver.upload(self.state[text.STEP : text.STEP + 1], np.array([float(step)]))
             self.expected = step
 
-    def read(self, turns: Turns) -> tuple[int, int]:
-        """Applied and skipped steps after the last turn; waits for that."""
-        words = turns.read("the step count cannot be read", self.state)
-        self.expected = int(words[text.STEP])
-        return self.expected, int(words[text.SKIPPED])
-
 
 class Captured(Protocol):
     """A plan whose step was captured."""
@@ -80,8 +74,9 @@ class Keeper(Turns):
         if self._counter is None or self._counter.expected < 0:
             return step, 0
         written = step != self._counter.expected  # by the user: the GPU is told at the next step
-        applied, skipped = self._counter.read(self)
-        return (step if written else applied), skipped
+        words = self.read("the step count cannot be read", self._counter.state)
+        self._counter.expected = int(words[text.STEP])
+        return (step if written else self._counter.expected), int(words[text.SKIPPED])
 
     def stop_counting(self) -> None:
         self._counter = None

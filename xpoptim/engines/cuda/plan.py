@@ -17,7 +17,7 @@ import numpy as np
 
 from ...arrays.dtypes import PART
 from ...arrays.leaves import Leaf
-from ...arrays.types import CuPyArray
+from ...arrays.types import CuPyArray, Shape
 from ...codegen.cuda import elementwise as text
 from ...recipe.recipe import Traced
 from ...trace.program import Program
@@ -117,18 +117,6 @@ class _Table:
 
 
 @dataclass
-class _InOrder:
-    """A gradient that lies in another order than C's, and a copy in C order: a norm is summed up in that."""
-
-    row: int
-    strides: tuple[int, ...]
-    copy: CuPyArray
-
-    def renew(self, address: int) -> None:
-        driver.copy(self.copy, driver.array_at(address, self.copy, self.strides))
-
-
-@dataclass
 class _Group:
     """The leaves of one device and one pair of dtypes: one launch."""
 
@@ -141,7 +129,8 @@ class _Group:
     norm_chunks: int = 0
     sums: CuPyArray | None = None
     totals: Any = None
-    in_order: list[_InOrder] = field(default_factory=list)
+    # Gradients in another order than C's: row, strides, and a copy in C order, in which a norm is summed up.
+    odd: list[tuple[int, Shape, CuPyArray]] = field(default_factory=list)
 
 
 class Plan:
@@ -186,7 +175,8 @@ class Plan:
                 group.norm.rows["scalars"] = [self._places[i] for i in members]
                 group.sums = driver.zeros(max(1, group.norm_chunks), np.float64)
                 group.totals = driver.zeros(len(self._places), np.float64)
-                group.in_order = _in_order([leaves[i].g for i in members])
+                odd = [(row, leaves[i].g) for row, i in enumerate(members) if not leaves[i].g.flags.c_contiguous]
+                group.odd = [(row, g.strides, driver.dense(g)) for row, g in odd]
         return group
 
     def _prepare_device(self) -> None:
@@ -271,9 +261,9 @@ class Plan:
                     table.set_scalars(self._inputs)
                 elif table.program.scalars:
                     self._prologue(group, table, self._counter, tensors=0, advance=False, from_state=from_state)
-                for gradient in group.in_order:
-                    gradient.renew(int(group.update.rows["g"][gradient.row]))
-                    table.rows["g"][gradient.row] = gradient.copy.data.ptr
+                for row, strides, copy in group.odd:
+                    driver.copy(copy, driver.array_at(int(group.update.rows["g"][row]), copy, strides))
+                    table.rows["g"][row] = copy.data.ptr
                 if group.norm_chunks:
                     blocks = -(-group.norm_chunks // (text.THREADS // 32))
                     counts = (np.uint32(table.count), np.uint32(group.norm_chunks))
@@ -311,11 +301,6 @@ class Plan:
         argument = np.zeros(1, text.inputs_dtype(len(self.recipe.inputs)))
         argument["at"][0, : len(inputs)] = inputs
         return argument
-
-
-def _in_order(gradients: list[CuPyArray]) -> list[_InOrder]:
-    odd = [(row, g) for row, g in enumerate(gradients) if not g.flags.c_contiguous]
-    return [_InOrder(row, g.strides, driver.dense(g)) for row, g in odd]
 
 
 def _fill(table: _Table, leaves: list[Leaf[CuPyArray]], lengths: list[int], chunk: int) -> int:

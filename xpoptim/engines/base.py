@@ -40,16 +40,10 @@ class Direct(Protocol):
 class Plan(Protocol):
     """The passes of a recipe over some leaves. It may hold addresses only: who runs it keeps the arrays alive."""
 
-    @property
-    def devices(self) -> Sequence[int]:
-        """Those whose current streams it uses."""
-
-    @property
-    def keeps_sums(self) -> bool:
-        """Whether a pass finds the sums of the pass before where the engine keeps them.
-
-        Then the host neither reads them nor waits, and a device counts the steps.
-        """
+    devices: Sequence[int] = ()  # those whose current streams it uses
+    # Whether a pass finds the sums of the pass before where the engine keeps them. Then the host neither reads them nor
+    # waits, and a device counts the steps.
+    keeps_sums: bool = False
 
     def set_inputs(self, inputs: Sequence[float]) -> None:
         """The scalars of the next passes, in the recipe's order, as far as the host knows them."""
@@ -69,9 +63,11 @@ class Plan(Protocol):
         ``keys`` are the arrays' keys in their containers. ``copied`` are the leaves of whose gradient the plan reads a
         copy.
         """
+        return None
 
     def direct(self, watch: Watch, container: type) -> Direct | None:
         """The watch and the pass in one call, for flat containers of this type; None if that cannot be."""
+        return None
 
 
 class Keeper(Protocol):
@@ -127,6 +123,7 @@ class Engine(Protocol):
 
     def keeper(self) -> Keeper | None:
         """For an optimizer; None if there is nothing to keep."""
+        return None
 
     def plan(self, traced: Traced, leaves: list[Leaf], keeper: Keeper | None, *, capturable: bool, alone: bool) -> Plan:
         """Compile and lay out. ``alone``: no other plan takes part in the step. Without a keeper nothing is kept."""

@@ -5,7 +5,7 @@ It defines what the fused engines must give. Each array operation makes a new ar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeAlias, TypeVar
 
 import numpy as np
@@ -20,7 +20,8 @@ from ..trace.ops import BOOL, TABLE, Op, Type
 from ..trace.program import Program
 from ..trace.scalars import evaluate
 from ..trace.sums import chunk_sums, fold
-from .base import Columns, Engine, Keeper, Made
+from . import base
+from .base import Engine, Keeper, Made
 
 _R = TypeVar("_R")
 _Raw: TypeAlias = Array | np.float64 | np.bool_ | int
@@ -47,11 +48,8 @@ class Eager:
         return self.xp.asarray(float(scalar), dtype=self.dtype, device=self.device)
 
 
-class Plan:
+class Plan(base.Plan):
     """Carries the passes out leaf by leaf, on arrays of any library."""
-
-    devices: Sequence[int] = ()
-    keeps_sums = False
 
     def __init__(self, traced: Traced, leaves: list[Leaf]) -> None:
         self._traced, self._leaves = traced, leaves
@@ -86,17 +84,8 @@ class Plan:
     def sums(self) -> dict[str, float]:
         return self._sums
 
-    def watch(self, columns: Columns, keys: list[list[object]], copied: Iterable[int]) -> None:
-        return None
 
-    def direct(self, watch: object, container: type) -> None:
-        return None
-
-
-class _Reference:
-    def keeper(self) -> None:
-        return None
-
+class _Reference(Engine):
     def plan(self, traced: Traced, leaves: list[Leaf], keeper: Keeper | None, *, capturable: bool, alone: bool) -> Plan:
         return Plan(traced, leaves)
 

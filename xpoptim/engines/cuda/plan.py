@@ -23,6 +23,7 @@ from ...recipe.recipe import Traced
 from ...trace.program import Program
 from ...trace.scalars import evaluate
 from ...trace.sums import CHUNK
+from .. import base
 from ..base import Columns, Made
 from . import driver
 from .keeper import MOST_INPUTS, Counter, Keeper, capture_refused
@@ -133,7 +134,7 @@ class _Group:
     odd: list[tuple[int, Shape, CuPyArray]] = field(default_factory=list)
 
 
-class Plan:
+class Plan(base.Plan):
     """Tables over CuPy arrays, and the launches that run them; usable as long as the arrays are what they were.
 
     Where all leaves lie on one device and the host cannot know the scalars (a global norm, or `capturable=True`),
@@ -204,9 +205,6 @@ class Plan:
         # A norm that the host fetches takes so long that little is gained, and the arrays might change meanwhile.
         fetched = self.recipe.reductions and self._counter is None
         return None if fetched or any(True for _ in copied) else Watch(self.refresh, columns)
-
-    def direct(self, watch: object, container: type) -> None:
-        return None
 
     def set_inputs(self, inputs: Sequence[float]) -> None:
         self._inputs = inputs

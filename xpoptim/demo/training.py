@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
-from statistics import median
 from time import perf_counter
 from types import ModuleType
 from typing import Any, TypeVar
@@ -149,15 +148,6 @@ class Result:
     def steps_per_second(self) -> float:
         """Forward, backward and fused update; without the plain update and the measurements."""
         return len(self.fused_seconds) / (sum(self.gradient_seconds) + sum(self.fused_seconds))
-
-    # The first step compiles the kernel or allocates the slots, so the medians leave it out.
-    @property
-    def fused_us(self) -> float:
-        return 1e6 * median(self.fused_seconds[1:] or self.fused_seconds)
-
-    @property
-    def plain_us(self) -> float:
-        return 1e6 * median(self.plain_seconds[1:] or self.plain_seconds)
 
 
 OnStep = Callable[[int, Curve], None]

@@ -196,14 +196,7 @@ def _like(container: Any, entries: list[Any]) -> object:
     return type(container)(entries)
 
 
-class Skeleton(NamedTuple):
-    """How parameters and gradients are nested: the latter may lack containers that hold no parameter."""
-
-    params: _Nesting
-    grads: _Nesting
-
-
-class _Nesting(NamedTuple):
+class Nesting(NamedTuple):
     """To unfold a container is to list it, and behind it the entries of each container in that list.
 
     ``containers`` are their places in the list, each with the keys of a dict or None, and the number of entries;
@@ -215,13 +208,13 @@ class _Nesting(NamedTuple):
     flat: bool
 
 
-def skeleton(params: object) -> Skeleton:
-    """How parameters are nested, and gradients have to be."""
+def nestings(params: object) -> tuple[Nesting, Nesting]:
+    """How parameters are nested, and gradients have to be: these may lack containers that hold no parameter."""
     whole, bare = _nesting(params, {})
-    return Skeleton(whole, _nesting(params, bare)[0] if bare else whole)
+    return whole, _nesting(params, bare)[0] if bare else whole
 
 
-def _nesting(tree: object, without: dict[int, object]) -> tuple[_Nesting, dict[int, object]]:
+def _nesting(tree: object, without: dict[int, object]) -> tuple[Nesting, dict[int, object]]:
     """How a container is nested, and those within it, by their `id`, that hold no leaf. ``without`` are left out."""
     containers: list[tuple[int, list[object] | None, int]] = []
     places: list[int] = []
@@ -253,12 +246,11 @@ def _nesting(tree: object, without: dict[int, object]) -> tuple[_Nesting, dict[i
     start, stop = (places[0], places[-1] + 1) if places else (0, 0)
     in_a_row = places == list(range(start, stop))
     taken = operator.itemgetter(slice(start, stop)) if in_a_row else operator.itemgetter(*places)
-    return _Nesting(containers, taken, len(containers) == 1 and len(places) == length - 1), bare
+    return Nesting(containers, taken, len(containers) == 1 and len(places) == length - 1), bare
 
 
-def gather(tree: object, shape: Skeleton, leaves: list[Any], *, exact: bool = False) -> bool:
+def gather(tree: object, nesting: Nesting, leaves: list[Any], *, exact: bool = False) -> bool:
     """Append the leaves of a container nested in this way; False if it is not. ``exact``: in this way and no other."""
-    nesting = shape.params if exact else shape.grads
     if not nesting.containers:
         leaves.append(tree)
         return True

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ..arrays.leaves import Leaf, Skeleton, gather, replaced, skeleton
+from ..arrays.leaves import Leaf, Nesting, gather, nestings, replaced
 from ..arrays.memory import dense_alike
 from ..arrays.types import Array
 from ..engines import blocks
@@ -150,7 +150,7 @@ class Prepared:
             self._chosen = ("auto", "fused")
         self._numbers = [number.without_gradient() for number in self._numbers]
         self._staged, self._homes = [], ()
-        self._look = _Look(self.recipe.slots, self._keys, skeleton(params), watch, direct, copies, self._numbers)
+        self._look = _Look(self.recipe.slots, self._keys, nestings(params), watch, direct, copies, self._numbers)
         return True
 
     def _copied_gradients(self, leaves: list[Leaf]) -> dict[int, Leaf]:
@@ -196,7 +196,7 @@ class _Look:
 
     slots: tuple[str, ...]
     keys: list[str]
-    shape: Skeleton
+    nestings: tuple[Nesting, Nesting]  # of parameters, and of gradients
     watch: Watch
     direct: Direct | None
     copies: dict[int, Array]
@@ -208,7 +208,8 @@ class _Look:
         The lists are ours: whoever changes a container meanwhile does not free arrays that a kernel works on.
         """
         columns: Columns = [[], []]
-        if not gather(params, self.shape, columns[0], exact=True) or not gather(grads, self.shape, columns[1]):
+        nested, beside = self.nestings
+        if not gather(params, nested, columns[0], exact=True) or not gather(grads, beside, columns[1]):
             return None
         if self.numbers and not self._filled(columns, params):
             return None

@@ -102,7 +102,7 @@ def _computed(traced: Traced, leaf: Leaf, inputs: Sequence[float]) -> list[Array
             _stored(program, xp, arrays, inputs) if program else _plain(recipe, xp, arrays, leaf.dtype, inputs)
             for arrays in _parts(xp, leaf)
         ]
-        return [_joined([part[i] for part in parts], leaf) for i in range(1 + len(leaf.slots))]
+        return [new[0] if len(new) == 1 else leaf.library.joined(*new) for new in zip(*parts, strict=True)]
 
 
 def _write(leaf: Leaf, new: list[Array]) -> None:
@@ -166,21 +166,8 @@ def _parts(xp: Namespace, leaf: Leaf) -> Iterator[list[Array]]:
     if leaf.dtype not in PART:
         yield arrays
         return
-    yield [real(xp, a) for a in arrays]
-    yield [imag(xp, a) for a in arrays]
-
-
-def real(xp: Namespace, a: Array) -> Array:
-    return xp.real(a) if dtype_name(a) in COMPLEX_DTYPES else a
-
-
-def imag(xp: Namespace, a: Array) -> Array:
-    return xp.imag(a) if dtype_name(a) in COMPLEX_DTYPES else xp.zeros_like(a)
-
-
-def _joined(parts: list[Array], leaf: Leaf) -> Array:
-    """The parts as one array again."""
-    return parts[0] if len(parts) == 1 else leaf.library.joined(*parts)
+    yield [xp.real(a) if dtype_name(a) in COMPLEX_DTYPES else a for a in arrays]
+    yield [xp.imag(a) if dtype_name(a) in COMPLEX_DTYPES else xp.zeros_like(a) for a in arrays]
 
 
 def _put(xp: Namespace, old: Array, new: Array, mutable: bool) -> Array:

@@ -33,6 +33,11 @@ class Backend(Protocol[_Raw]):
         """A scalar, rounded once to the compute dtype, as an operand of array operations."""
 
 
+def _prefix(name: str) -> Callable[[Value], Value]:
+    """``<operator> value``, a row of the table."""
+    return lambda self: apply(self.backend, name, self)
+
+
 def _operator(name: str) -> Callable[[Value, Operand], Value]:
     """``value <operator> other``, a row of the table."""
     return lambda self, other: apply(self.backend, name, self, other)
@@ -93,17 +98,10 @@ class Value:
     def __xor__(self, other: Operand) -> Value:
         return apply(self.backend, "bitwise_xor" if self.type is UINT32 else "logical_xor", self, other)
 
-    def __neg__(self) -> Value:
-        return apply(self.backend, "negative", self)
+    __neg__, __abs__, __invert__ = _prefix("negative"), _prefix("abs"), _prefix("logical_not")
 
     def __pos__(self) -> Value:
         return self
-
-    def __abs__(self) -> Value:
-        return apply(self.backend, "abs", self)
-
-    def __invert__(self) -> Value:
-        return apply(self.backend, "logical_not", self)
 
     def __pow__(self, exponent: Operand) -> Value:
         return power(self, exponent)

@@ -29,6 +29,7 @@ VECTORS = 4  # 16-byte accesses of the narrowest buffer that a thread makes one 
 STEP, SKIPPED, SKIP, INPUTS = 0, 1, 2, 3  # applied steps, skipped ones, whether to skip this one, then the inputs
 
 _TYPE = {"float16": "unsigned short", "bfloat16": "unsigned short", "float32": "float", "float64": "double"}
+_SUFFIX = {"float32": "f", "float64": ""}
 _WIDEN = {"float16": "half_to_float({})", "bfloat16": "bfloat_to_float({})"}
 _NARROW = {"float16": "float_to_half({})", "bfloat16": "float_to_bfloat({})"}
 
@@ -237,17 +238,13 @@ def _preamble(program: Program) -> Iterator[str]:
         yield _BFLOAT
 
 
-def _suffix(compute: str) -> str:
-    return "f" if compute == "float32" else ""
-
-
 def literal(value: float, compute: str) -> str:
     """A constant in hexadecimal, rounded to the compute dtype."""
     value = rounded(value, compute)
     if not np.isfinite(value):
         bits = np.float64(value).view(np.int64)
         return f"({_TYPE[compute]})__longlong_as_double({bits:#x})"
-    text = value.hex() + _suffix(compute)
+    text = value.hex() + _SUFFIX[compute]
     return f"({text})" if text.startswith("-") else text
 
 
@@ -273,7 +270,7 @@ def _operand(program: Program, number: int, compute: str) -> str:
 def _statement(program: Program, number: int, node: Node, compute: str) -> str:
     operands = [_operand(program, i, compute) for i in node.args]
     kind = {Type.BOOL: "bool", Type.UINT32: "unsigned"}.get(node.type, _TYPE[compute])
-    return f"const {kind} v{number} = {TABLE[node.op].cuda.format(*operands, S=_suffix(compute))};"
+    return f"const {kind} v{number} = {TABLE[node.op].cuda.format(*operands, S=_SUFFIX[compute])};"
 
 
 def _scalar_lines(program: Program) -> Iterator[str]:

@@ -521,15 +521,12 @@ class _Latest(NamedTuple):
 
     @classmethod
     def after(cls, previous: _Latest | None, forward: _Forward) -> _Latest:
-        if previous is None:
-            return cls(forward, forward.call, forward.call)
-        same_shape = previous.forward.shape == forward.shape
-        same_settings = previous.forward.settings == forward.settings
-        return cls(
-            forward,
-            previous.shape_since if same_shape else forward.call,
-            previous.settings_since if same_settings else forward.call,
-        )
+        shape_since = settings_since = forward.call
+        if previous is not None and previous.forward.shape == forward.shape:
+            shape_since = previous.shape_since
+        if previous is not None and previous.forward.settings == forward.settings:
+            settings_since = previous.settings_since
+        return cls(forward, shape_since, settings_since)
 
     def earlier(self, call: int, shape: tuple[int, ...]) -> _Forward:
         """An earlier forward, of its own shape if that is known, else of the one given."""

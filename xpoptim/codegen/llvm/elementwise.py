@@ -287,21 +287,16 @@ def _load(buffer: Buffer, place: int, number: int, compute: str) -> Iterator[str
     dtype, real, out = buffer.real, _REAL[compute], f"%v{number}"
     stored = _STORED[dtype]
     yield f"  {out}.at = getelementptr {stored}, ptr %b{place}, i64 %i"
-    if dtype == compute:
-        yield f"  {out} = load {stored}, ptr {out}.at, align 1"
-        return
-    yield f"  {out}.raw = load {stored}, ptr {out}.at, align 1"
-    if dtype == "bfloat16":
+    loaded = out if dtype == compute else f"{out}.raw"
+    yield f"  {loaded} = load {stored}, ptr {out}.at, align 1"
+    if dtype == "bfloat16":  # the upper half of a float32
+        stored, loaded = "float", out if compute == "float32" else f"{out}.single"
         yield f"  {out}.wide = zext i16 {out}.raw to i32"
         yield f"  {out}.bits = shl i32 {out}.wide, 16"
-        if compute == "float32":
-            yield f"  {out} = bitcast i32 {out}.bits to float"
-            return
-        yield f"  {out}.single = bitcast i32 {out}.bits to float"
-        yield f"  {out} = fpext float {out}.single to double"
-        return
-    cast = "fptrunc" if BYTES[dtype] > BYTES[compute] else "fpext"
-    yield f"  {out} = {cast} {stored} {out}.raw to {real}"
+        yield f"  {loaded} = bitcast i32 {out}.bits to float"
+    if loaded != out:
+        cast = "fptrunc" if BYTES[dtype] > BYTES[compute] else "fpext"
+        yield f"  {out} = {cast} {stored} {loaded} to {real}"
 
 
 def _store(buffer: Buffer, place: int, value: str, compute: str) -> Iterator[str]:
@@ -311,7 +306,6 @@ def _store(buffer: Buffer, place: int, value: str, compute: str) -> Iterator[str
     yield f"  {tag}.at = getelementptr {stored}, ptr %b{place}, i64 %i"
     if dtype == "float16":
         yield f"  {tag} = fptrunc {real} {value} to half"
-        value = tag
     elif dtype == "bfloat16":  # add half of the last kept place, less one if that place is even; a NaN stays one
         yield f"  {tag}.bits = bitcast float {value} to i32"
         yield f"  {tag}.high = lshr i32 {tag}.bits, 16"
@@ -322,8 +316,7 @@ def _store(buffer: Buffer, place: int, value: str, compute: str) -> Iterator[str
         yield f"  {tag}.nan = fcmp uno float {value}, 0.0"
         yield f"  {tag}.pick = select i1 {tag}.nan, i32 32704, i32 {tag}.kept"
         yield f"  {tag} = trunc i32 {tag}.pick to i16"
-        value = tag
-    yield f"  store {stored} {value}, ptr {tag}.at, align 1"
+    yield f"  store {stored} {tag if BYTES[dtype] == 2 else value}, ptr {tag}.at, align 1"
 
 
 def _elements(program: Program) -> str:

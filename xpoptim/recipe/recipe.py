@@ -166,8 +166,7 @@ class Traced:
             functions["update"] = recipe.update
         buffers = _buffers(recipe, "float32", "float32")
         self._passes = {
-            kind: trace(function, name=recipe.name, buffers=buffers, inputs=recipe.inputs, compute="float32")
-            for kind, function in functions.items()
+            kind: trace(function, recipe.name, buffers, recipe.inputs) for kind, function in functions.items()
         }
         self._programs: dict[tuple[str, str], dict[str, Program]] = {}
 

@@ -44,15 +44,8 @@ class Tracer:
         return scalar_arguments(self, {name: self.add(Node("input", (), REAL, True, name)) for name in names})
 
 
-def trace(
-    function: Traced,
-    *,
-    name: str,
-    buffers: tuple[Buffer, ...],
-    inputs: tuple[str, ...],
-    compute: str,
-) -> Program:
-    """Trace ``function(xp, buffers, scalars)``.
+def trace(function: Traced, name: str, buffers: tuple[Buffer, ...], inputs: tuple[str, ...]) -> Program:
+    """Trace ``function(xp, buffers, scalars)``, over buffers of float32: a program of others differs in these alone.
 
     A mapping from buffer names to values becomes the stores; a single value is summed in squares.
     """
@@ -63,10 +56,10 @@ def trace(
     }
     result = function(Functions(tracer), arrays, tracer.inputs(inputs))
     if isinstance(result, Value):
-        return Program(name, compute, buffers, inputs, tuple(tracer.nodes), reduces=among_arrays(result))
+        return Program(name, "float32", buffers, inputs, tuple(tracer.nodes), reduces=among_arrays(result))
     places = {buffer.name: i for i, buffer in enumerate(buffers)}
     stores = tuple((places[key], among_arrays(value)) for key, value in result.items())
-    return Program(name, compute, buffers, inputs, tuple(tracer.nodes), stores=stores)
+    return Program(name, "float32", buffers, inputs, tuple(tracer.nodes), stores=stores)
 
 
 def trace_blocks(

@@ -84,7 +84,7 @@ class _Table:
         self._kernels = {name: kernel(source, name + ending, device) for name in names}
         self._upload_kernel: Any = kernel(text.UPLOAD_SOURCE, "upload", device) if rows is None else None
         self.prologue = text.prologue_source(program)
-        self.device_scalars: CuPyArray | None = None  # memory, where the device works them out
+        self.device_scalars: CuPyArray | np.uint64 = _NULL  # memory, where the device works them out
 
     def prepare_device(self) -> None:
         """Allocate and compile what works out the scalars on the device."""
@@ -129,7 +129,7 @@ class _Group:
     norm: _Table | None = None
     norm_chunks: int = 0
     sums: CuPyArray | None = None
-    totals: Any = None
+    totals: Any = _NULL
     # Gradients in another order than C's: row, strides, and a copy in C order, in which a norm is summed up.
     odd: list[tuple[int, Shape, CuPyArray]] = field(default_factory=list)
 
@@ -233,9 +233,8 @@ class Plan(base.Plan):
     def sums(self) -> dict[str, float]:
         totals = np.zeros(len(self._keys))
         for group in self._groups:
-            with driver.on(group.device):
-                places = [self._places[i] for i in group.members]
-                totals[places] = driver.to_host(group.totals)[places]
+            places = [self._places[i] for i in group.members]
+            totals[places] = driver.to_host(group.totals)[places]
         return dict(zip(self._keys, totals.tolist(), strict=True))
 
     # What a graph replays takes the hyperparameters from the counter's memory, where `set_replay` puts them.
@@ -265,34 +264,31 @@ class Plan(base.Plan):
                 if group.norm_chunks:
                     blocks = -(-group.norm_chunks // (text.THREADS // 32))
                     counts = (np.uint32(table.count), np.uint32(group.norm_chunks))
-                    scalars = _NULL if self._counter is None else table.device_scalars
-                    table.launch("sums", blocks, text.THREADS, *counts, scalars, group.sums)
+                    table.launch("sums", blocks, text.THREADS, *counts, table.device_scalars, group.sums)
                 table.launch("fold", table.count, text.FOLD_THREADS, group.sums, group.totals)
 
     def _update(self, from_state: bool) -> None:
         for n, group in enumerate(self._groups):
             with driver.on(group.device):
                 table = group.update
-                scalars: CuPyArray | np.uint64 | None = _NULL
                 skip: CuPyArray | np.uint64 = _NULL
                 if self._counter is None:
                     table.set_scalars(self._inputs)
                 else:
                     tensors = len(self._places) if self.recipe.reductions else 0
                     self._prologue(group, table, self._counter, tensors=tensors, advance=n == 0, from_state=from_state)
-                    scalars, skip = table.device_scalars, self._counter.state[text.SKIP :]
+                    skip = self._counter.state[text.SKIP :]
                 if group.blocks:
                     counts = (np.uint32(table.count), np.int32(group.chunk))
-                    table.launch("update", group.blocks, text.THREADS, *counts, scalars, skip)
+                    table.launch("update", group.blocks, text.THREADS, *counts, table.device_scalars, skip)
 
     def _prologue(
         self, group: _Group, table: _Table, counter: Counter, *, tensors: int, advance: bool, from_state: bool
     ) -> None:
         """Work out the scalars of a pass on the device."""
         function = kernel(table.prologue, "prologue", table.device)
-        totals = _NULL if group.totals is None else group.totals
         flags = (np.uint32(tensors), np.uint32(advance), np.uint32(from_state))
-        memory = (counter.state, table.device_scalars, totals)
+        memory = (counter.state, table.device_scalars, group.totals)
         driver.launch(function, 1, 1, (self._as_argument(self._inputs), *memory, *flags))
 
     def _as_argument(self, inputs: Sequence[float]) -> np.ndarray:

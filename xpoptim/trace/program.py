@@ -91,12 +91,8 @@ class Program:
     @cached_property
     def scalars(self) -> tuple[int, ...]:
         """The scalar nodes that array code reads: one entry of the scalar block each. Constants are not among them."""
-        seen: dict[int, None] = {}
-        for number in self.needed:
-            node = self.nodes[number]
-            if node.op == "spread" and self.nodes[node.args[0]].op != "const":
-                seen.setdefault(node.args[0])
-        return tuple(seen)
+        spread = (self.nodes[number].args[0] for number in self.needed if self.nodes[number].op == "spread")
+        return tuple(dict.fromkeys(scalar for scalar in spread if self.nodes[scalar].op != "const"))
 
     @cached_property
     def scalar_steps(self) -> tuple[tuple[int, Node], ...]:

@@ -91,8 +91,13 @@ class Program:
     @cached_property
     def scalars(self) -> tuple[int, ...]:
         """The scalar nodes that array code reads: one entry of the scalar block each. Constants are not among them."""
-        spread = (self.nodes[number].args[0] for number in self.needed if self.nodes[number].op == "spread")
-        return tuple(dict.fromkeys(scalar for scalar in spread if self.nodes[scalar].op != "const"))
+        return tuple(dict.fromkeys(node.args[0] for node in map(self.read, self.needed) if node.op == "spread"))
+
+    def read(self, number: int) -> Node:
+        """A node as others read it: a constant that is rounded is that constant."""
+        node = self.nodes[number]
+        behind = self.nodes[node.args[0]] if node.op == "spread" else node
+        return behind if behind.op == "const" else node
 
     @cached_property
     def scalar_steps(self) -> tuple[tuple[int, Node], ...]:

@@ -249,9 +249,7 @@ def literal(value: float, compute: str) -> str:
 
 
 def _operand(program: Program, number: int, compute: str) -> str:
-    node = program.nodes[number]
-    if node.op == "spread" and program.nodes[node.args[0]].op == "const":
-        node = program.nodes[node.args[0]]
+    node = program.read(number)
     if node.op == "const" and node.type is Type.UINT32:
         return f"{node.value}u"
     if node.op == "const" and isinstance(node.value, bool):

@@ -225,9 +225,7 @@ def _operation(program: Program, number: int, node: Node, kind: str) -> str:
 
 
 def _operand(program: Program, number: int, kind: str) -> str:
-    node = program.nodes[number]
-    if node.op == "spread" and program.nodes[node.args[0]].op == "const":
-        node = program.nodes[node.args[0]]
+    node = program.read(number)
     if node.op == "spread" and node.type is Type.REAL:
         return f"%s{program.scalars.index(node.args[0])}"
     if node.op == "const" and node.type is Type.UINT32:
@@ -276,7 +274,7 @@ def _body(program: Program) -> Iterator[str]:
         if node.op == "buffer":
             yield from _load(program.buffers[node.index], node.index, number, program.compute)
         elif node.op == "spread":
-            if node.type is Type.BOOL and program.nodes[node.args[0]].op != "const":
+            if node.type is Type.BOOL and program.read(number) is node:
                 yield f"  %v{number} = fcmp une {real} %s{program.scalars.index(node.args[0])}, 0.0"
         else:
             yield "  " + _operation(program, number, node, program.compute)

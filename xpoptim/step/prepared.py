@@ -127,7 +127,7 @@ class Prepared:
         The gradients are let go.
         """
         leaves, self._leaves = self._leaves, []
-        copies = {i: copy.g for i, copy in self._copied_gradients(leaves).items()}
+        copies = self._copied_gradients(leaves)
         if not self._complete or len(copies) != len(self._staged) or not leaves:
             return False
         in_arrays = {number.place for number in self._numbers}
@@ -150,14 +150,14 @@ class Prepared:
             self._chosen = ("auto", "fused")
         self._numbers = [number.without_gradient() for number in self._numbers]
         self._staged, self._homes = [], ()
-        self._look = _Look(self.recipe.slots, self._keys, nestings(params), watch, direct, copies, self._numbers)
+        self._look = _Look(self.recipe.slots, self._keys, *nestings(params), watch, direct, copies, self._numbers)
         return True
 
-    def _copied_gradients(self, leaves: list[Leaf]) -> dict[int, Leaf]:
-        """The staged leaves of which nothing is a copy but a gradient that is dense in its own way."""
+    def _copied_gradients(self, leaves: list[Leaf]) -> dict[int, Array]:
+        """The copies of gradients that are dense in their own way, of leaves of which nothing else is a copy."""
         places = {id(leaf): i for i, leaf in enumerate(leaves)}
         return {
-            places[id(leaf)]: copy
+            places[id(leaf)]: copy.g
             for leaf, copy in self._staged
             if all(new is old for new, old in zip((copy.p, *copy.slots), (leaf.p, *leaf.slots), strict=True))
             and copy.g.dtype == leaf.g.dtype
@@ -196,7 +196,8 @@ class _Look:
 
     slots: tuple[str, ...]
     keys: list[str]
-    nestings: tuple[Nesting, Nesting]  # of parameters, and of gradients
+    params: Nesting
+    grads: Nesting
     watch: Watch
     direct: Direct | None
     copies: dict[int, Array]
@@ -208,8 +209,7 @@ class _Look:
         The lists are ours: whoever changes a container meanwhile does not free arrays that a kernel works on.
         """
         columns: Columns = [[], []]
-        nested, beside = self.nestings
-        if not gather(params, nested, columns[0], exact=True) or not gather(grads, beside, columns[1]):
+        if not gather(params, self.params, columns[0], exact=True) or not gather(grads, self.grads, columns[1]):
             return None
         if self.numbers and not self._filled(columns, params):
             return None

@@ -88,13 +88,8 @@ class Written:
         self._starts = [low for low, _, _ in self._spans]
 
     def touches(self, g: np.ndarray) -> bool:
-        if not g.size or not self._spans:
+        if not g.size:
             return False
         low, high = byte_bounds(g)
-        first = bisect_left(self._starts, low - self._longest)
-        for start, end, i in self._spans[first:]:
-            if start >= high:
-                return False
-            if end > low and overlap(self._arrays[i], g):
-                return True
-        return False
+        near = slice(bisect_left(self._starts, low - self._longest), bisect_left(self._starts, high))
+        return any(end > low and overlap(self._arrays[i], g) for _, end, i in self._spans[near])

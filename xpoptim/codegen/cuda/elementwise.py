@@ -116,14 +116,20 @@ def norm_source(program: Program, rows: int) -> str:
 def prologue_source(program: Program) -> str:
     """Kernel ``prologue``, one thread: counts the step, takes the norm, rounds the scalars. And ``set_inputs``."""
     real, count = _TYPE[program.compute], len(program.inputs)
-    known_here, reads = {"norm": "norm", "t": f"state[{STEP}]"}, []
+    known_here, lines = {"norm": "norm", "t": f"state[{STEP}]"}, []
     for place, name in enumerate(program.inputs):
         value = known_here.get(name, f"from_state ? state[{INPUTS + place}] : inputs.at[{place}]")
-        reads.append(f"    const double {_identifier('input', name)} = {value};")
-    lines = [f"    {line}" for line in _scalar_lines(program)]
+        lines.append(f"const double {_identifier('input', name)} = {value};")
+    for number, node in program.scalar_steps:
+        if node.op == "input":
+            lines.append(f"const double v{number} = {_identifier('input', str(node.value))};")
+        elif node.op != "const":
+            lines.append(_statement(program, number, node, "float64"))
     for slot, number in enumerate(program.scalars):
-        lines.append(f"    scalars[{slot}] = {_cast_scalar(program, number, real)};")
-    body = "\n".join([*reads, *lines])
+        value = _operand(program, number, "float64")
+        rounded_value = f"{value} ? 1 : 0" if program.nodes[number].type is Type.BOOL else f"({real}){value}"
+        lines.append(f"scalars[{slot}] = {rounded_value};")
+    body = "\n".join("    " + line for line in lines)
     infinity = _INFINITY if any(node.op == "isfinite" for node in program.nodes) else ""
     return f"""\
 {infinity}{_INTEGER_POWER}
@@ -269,19 +275,6 @@ def _statement(program: Program, number: int, node: Node, compute: str) -> str:
     operands = [_operand(program, i, compute) for i in node.args]
     kind = {Type.BOOL: "bool", Type.UINT32: "unsigned"}.get(node.type, _TYPE[compute])
     return f"const {kind} v{number} = {TABLE[node.op].cuda.format(*operands, S=_SUFFIX[compute])};"
-
-
-def _scalar_lines(program: Program) -> Iterator[str]:
-    for number, node in program.scalar_steps:
-        if node.op == "input":
-            yield f"const double v{number} = {_identifier('input', str(node.value))};"
-        elif node.op != "const":
-            yield _statement(program, number, node, "float64")
-
-
-def _cast_scalar(program: Program, number: int, real: str) -> str:
-    value = _operand(program, number, "float64")
-    return f"{value} ? 1 : 0" if program.nodes[number].type is Type.BOOL else f"({real}){value}"
 
 
 def _element(program: Program) -> str:

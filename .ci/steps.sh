@@ -68,6 +68,8 @@ lint() {
     ruff check .
     ruff format --check .
     mypy
+    pip install -q '.[typing]'
+    tests tests/test_types.py
     shellcheck .ci/* benchmarks/*.sh tests/*.sh tests/native/*.sh
     check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
     cc -fsyntax-only -std=c11 -Wall -Wextra -Werror -Wno-missing-field-initializers xpoptim/engines/cpu/native.c \

@@ -34,7 +34,7 @@ def command(tmp_path):
         for name, text in stubs.items():
             (folder / f"{name}.py").write_text(text)
         inherited = {k: v for k, v in os.environ.items() if not k.startswith("XPOPTIM_")}
-        path = os.pathsep.join((str(folder), str(ROOT)))
+        path = os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
         return {**inherited, "PYTHONPATH": path, **variables}
 
     def run(*arguments, stubs=None, stdout=subprocess.PIPE, **variables):
@@ -249,6 +249,24 @@ def test_the_demo_runs_as_a_process_and_on_an_output_that_knows_ascii_only(comma
 
 
 @pytest.mark.smoke
+def test_the_demo_of_a_checkout_says_that_it_runs_without_the_extension(tmp_path):
+    """Even where an installed package has it: ``python -m`` runs what lies in the current folder."""
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("XPOPTIM_", "PYTHON"))}
+    done = subprocess.run(
+        [sys.executable, "-m", "xpoptim", "demo", "--steps", "2", "--out", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=inherited,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if "without the extension" in line]
+    built = any((ROOT / "xpoptim" / "engines" / "cpu").glob("_native.*.so"))
+    assert len(lines) == (0 if built else 1)
+    assert built or "source folder" in lines[0]
+
+
 def test_info_shows_versions_engines_devices_and_threads(command):
     done = command("info", XPOPTIM_NUM_THREADS="3")
     assert (done.returncode, done.stderr) == (0, "")

@@ -63,6 +63,24 @@ GENERATORS = ("xpoptim/codegen/",)  # every string in files of such a name is co
 EQUIVALENT: list[tuple[str, str, str, str]] = [
     (
         "xpoptim/engines/cuda/plan.py",
+        'function = kernel(self._groups[0].update.prologue, "set_inputs", self._counter.device)',
+        'function = kernel(self._groups[(-1)].update.prologue, "set_inputs", self._counter.device)',
+        "in every group's text set_inputs is the same",
+    ),
+    (
+        "xpoptim/codegen/cuda/elementwise.py",
+        "MANY_BLOCKS = 2000",
+        "MANY_BLOCKS = 2001",
+        "from how many blocks on a thread does more changes the speed alone",
+    ),
+    (
+        "xpoptim/step/checks.py",
+        "return key",
+        "return None",
+        "what was found good is remembered to save time alone",
+    ),
+    (
+        "xpoptim/engines/cuda/plan.py",
         "self._prologue(group, table, self._counter, tensors=0, advance=False, from_state=from_state)",
         "self._prologue(group, table, self._counter, tensors=1, advance=False, from_state=from_state)",
         "the program of a norm takes no norm: one total more is read, for nothing",

@@ -305,3 +305,19 @@ def test_the_first_parameter_gets_the_same_bits_whoever_stands_beside() -> None:
     xo.SGD(lr=1.0, clip_norm=1.0).update(alone, {"a": g})
     xo.SGD(lr=1.0, clip_norm=1.0).update(beside, {"a": g} | pad)
     assert_same_bits(alone["a"], beside["a"])
+
+
+@pytest.mark.smoke
+def test_memory_found_good_for_one_dtype_is_not_for_another() -> None:
+    """Two columns that lie between each other as float32 overlap as float64 at the same places."""
+    memory = np.zeros(64, np.uint8)
+
+    def columns(dtype: Any) -> dict[str, np.ndarray]:
+        return {key: np.ndarray(3, dtype, memory, at, (8,)) for key, at in (("a", 0), ("b", 4))}
+
+    opt = xo.SGD(clip_norm=1.0)
+    with pytest.raises(FloatingPointError):
+        opt.update(columns(np.float32), {"a": np.full(3, np.nan, np.float32), "b": np.ones(3, np.float32)})
+    with pytest.raises(ValueError, match="share memory"):
+        opt.update(columns(np.float64), {"a": np.ones(3), "b": np.ones(3)})
+    assert not memory.any()

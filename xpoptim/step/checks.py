@@ -8,7 +8,7 @@ from ..arrays.leaves import Leaf, replaced, resolve_gradient, resolve_parameter
 from ..arrays.memory import Written, extent, overlapping_pair, overlaps_itself
 from ..trace.sums import add_in_order
 
-Memory = tuple[tuple[int, tuple[int, ...], tuple[int, ...]], ...]  # address, shape and strides of what is written
+Memory = tuple[tuple[object, ...], ...]  # address, shape, strides and size of an element of what is written
 
 
 def resolve(leaves: list[Leaf], *, writing: bool | None) -> list[Leaf]:
@@ -26,7 +26,7 @@ def check_memory(leaves: list[Leaf], known: Memory | None) -> Memory:
     memory = [(leaf.named("params"), extent(leaf.p)) for leaf in leaves if leaf.mutable]
     memory += [(f"a slot of {x.named('params')}", extent(slot)) for x in leaves if x.mutable for slot in x.slots]
     written = [(name, a) for name, a in memory if a is not None]
-    key = tuple((a.ctypes.data, a.shape, a.strides) for _, a in written)
+    key = tuple((a.ctypes.data, a.shape, a.strides, a.itemsize) for _, a in written)
     if key == known and len(written) == len(memory):  # an array that does not say where it lies may be another
         return known
     _refuse_identical(leaves)

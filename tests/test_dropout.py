@@ -369,7 +369,7 @@ class TestOut:
 
 
 class TestBroadcastAxes:
-    @pytest.mark.parametrize("axes", [(2, 3), (-1, -2), (0,), 1, (0, 1, 2, 3), [3], (2, -1)])
+    @pytest.mark.parametrize("axes", [(2, 3), (-1, -2), (0,), 1, (0, 1, 2, 3), [3], (2, -1), (-4,)])
     def test_against_the_oracle(self, axes):
         x = values((2, 3, 4, 5), np.dtype("f4"))
         drop = Dropout(0.4, seed=5, broadcast_axes=axes, inverted=True)

@@ -14,6 +14,7 @@ from xpoptim.engines.cpu import plan as cpu
 from xpoptim.engines.reference import Eager
 from xpoptim.recipe.recipe import Traced
 from xpoptim.trace.language import Functions, Value
+from xpoptim.trace.ops import TABLE
 
 ENGINES = ("reference", "fused")
 
@@ -213,3 +214,28 @@ def test_a_function_that_is_not_in_the_table_names_the_way_out() -> None:
 
     with pytest.raises(xo.TraceError, match=r"Exponential\.rule uses xp\.exp.*fused = False"):
         Exponential().update([np.ones(2)], [np.ones(2)])
+
+
+@pytest.mark.parametrize(
+    "power",
+    [lambda p, lr, t: p**t, lambda p, lr, t: lr**0.5, lambda p, lr, t: lr**lr, lambda p, lr, t: p**lr],
+    ids=["array, step", "scalar, fraction", "scalar, scalar", "array, scalar"],
+)
+def test_only_a_scalar_takes_a_step_as_exponent_and_nothing_a_fraction(power: Callable[..., Any]) -> None:
+    class Power(xo.Optimizer):
+        lr: float = 0.1
+
+        @staticmethod
+        def rule(xp, p, g, *, t, lr):
+            return p - g * power(p, lr, t)
+
+    with pytest.raises(
+        xo.TraceError, match=r"to the power .*: the exponent may be an integer constant or, for a scalar"
+    ):
+        Power().update([np.ones(2)], [np.ones(2)])
+
+
+@pytest.mark.parametrize(("a", "b"), [(0, 0), (2**32 - 1, 2**32 - 1), (0xD2511F53, 0xCD9E8D57), (3, 2**31)])
+def test_products_of_words_are_whole_in_their_two_halves(a: int, b: int) -> None:
+    high, low = (TABLE[name].array(np, np.uint64(a), np.uint64(b)) for name in ("multiply_high", "multiply_low"))
+    assert (int(high), int(low)) == divmod(a * b, 2**32)

@@ -360,10 +360,10 @@ class Optimizer(Declaration, options=True, kw_only=True):
 
         >>> import numpy as np, xpoptim as xo
         >>> params = {"W": np.ones((4, 3)), "x": 1.0}
-        >>> print(xo.Adam().explain(params, {"W": np.ones((4, 3)), "x": 2.0}))
+        >>> print(xo.Adam().explain(params, {"W": np.ones((4, 3)), "x": 2.0}))  # doctest: +ELLIPSIS
         key  engine  why
-        W    fused   dense NumPy arrays of equal layout
-        x    fused   a Python float, through an array of its own; replaced in its container
+        W    fused   dense NumPy arrays of equal layout...
+        x    fused   a Python float, through an array of its own; replaced in its container...
         """
         return self._stepper.explain(self, params, grads)
 

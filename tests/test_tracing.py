@@ -10,6 +10,7 @@ import pytest
 from helpers import DTYPES, OPTION_COMBINATIONS, RULES, assert_same_bits, option_id, traced
 
 import xpoptim as xo
+from xpoptim.arrays.leaves import gather, nestings
 from xpoptim.engines.cpu import plan as cpu
 from xpoptim.engines.reference import Eager
 from xpoptim.recipe.recipe import Traced
@@ -239,3 +240,27 @@ def test_only_a_scalar_takes_a_step_as_exponent_and_nothing_a_fraction(power: Ca
 def test_products_of_words_are_whole_in_their_two_halves(a: int, b: int) -> None:
     high, low = (TABLE[name].array(np, np.uint64(a), np.uint64(b)) for name in ("multiply_high", "multiply_low"))
     assert (int(high), int(low)) == divmod(a * b, 2**32)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("n", [-3, -1, 0, 1, 5])
+def test_an_integer_power_of_an_array(n: int, engine: str) -> None:
+    class Power(xo.Optimizer):
+        lr: float = 1.0
+
+        @staticmethod
+        def rule(xp, p, g, *, lr):
+            return p - lr * g**n
+
+    params = {"p": np.zeros(3)}
+    with xo.engine(engine):
+        Power().update(params, {"p": np.array([2.0, -4.0, 0.5])})
+    assert params["p"].tolist() == [-(2.0**n), -((-4.0) ** n), -(0.5**n)]  # powers of two are exact
+
+
+def test_a_container_that_holds_nothing_by_now_is_gathered() -> None:
+    """As where another thread empties it in the middle of a step."""
+    nesting, _ = nestings({"a": {}})
+    leaves: list[Any] = []
+    assert gather({"a": {}}, nesting, leaves)
+    assert leaves == []

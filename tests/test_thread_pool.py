@@ -473,10 +473,11 @@ CONTAINERS: dict[str, Callable[[list[Any], list[Any], int], tuple[Any, Any]]] = 
     ),
     "tuples": lambda p, g, step: (tuple(p), tuple(g)),
     "gradients in a tuple": lambda p, g, step: (list(p), tuple(g)),
+    "an array alone": lambda p, g, step: (p[1], g[1]),
     "nested": lambda p, g, step: ({"a": p[0], "b": p[1:]}, {"a": g[0], "b": g[1:]}),
     "None now and then": lambda p, g, step: (list(p), [g[0], None if step % 2 else g[1], g[2]]),
 }
-IN_ONE_CALL = {"dicts", "lists", "keys that are numbers", "None now and then"}
+IN_ONE_CALL = {"an array alone", "dicts", "lists", "keys that are numbers", "None now and then"}
 
 
 @pytest.mark.smoke
@@ -648,3 +649,22 @@ worker.join()
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, done.stdout) == (0, "4\n"), done.stderr
+
+
+def test_an_array_alone_is_looked_at_like_one_in_a_container() -> None:
+    p = np.zeros(4)
+    opt = xo.Momentum(lr=1.0)
+    for g in (np.ones(4), np.ones(4), p):  # the last acts as if copied first
+        opt.update(p, g)
+    expected = {"p": np.zeros(4)}
+    other = xo.Momentum(lr=1.0)
+    for step in range(3):
+        other.update(expected, {"p": expected["p"].copy() if step == 2 else np.ones(4)})
+    assert p.tolist() == expected["p"].tolist()
+    for bad in (np.ones(3), np.ones((4, 1)), [np.ones(4)], {"p": np.ones(4)}, 1.0):
+        with pytest.raises((TypeError, ValueError)):
+            opt.update(p, bad)
+    p.resize(6, refcheck=False)
+    with pytest.raises(ValueError, match="shape"):
+        opt.update(p, np.ones(6))
+    assert opt.state["step"] == 3

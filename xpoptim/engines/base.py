@@ -66,7 +66,7 @@ class Plan(Protocol):
         return None
 
     def direct(self, watch: Watch, container: type) -> Direct | None:
-        """The watch and the pass in one call, for flat containers of this type; None if that cannot be."""
+        """The watch and the pass in one call, for a flat container of this type, or an array. None: not possible."""
         return None
 
 

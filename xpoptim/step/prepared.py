@@ -141,7 +141,9 @@ class Prepared:
         watch = self._plans[0].watch(columns, keys, copies)
         if watch is None:
             return False
-        flat = type(params) in (dict, list) and all(leaf.home is params for leaf in leaves)
+        flat = leaves[0].given is params or (
+            type(params) in (dict, list) and all(leaf.home is params for leaf in leaves)
+        )
         in_order = all(names == self._keys for names in keys[2:])
         direct = None
         if flat and in_order and not copies and not self._numbers:

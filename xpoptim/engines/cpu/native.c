@@ -236,16 +236,17 @@ static int apart(const watch *w, uintptr_t start, uintptr_t end, int64_t *gap) {
 }
 
 static int same_column(PyObject *container, PyTypeObject *kind, const watch *w, int64_t column) {
-    int is_dict = kind == &PyDict_Type;
+    int is_dict = kind == &PyDict_Type, is_array = kind == &PyArray_Type; /* a lone array is its own container */
     if (Py_TYPE(container) != kind) return 0;
-    if ((is_dict ? PyDict_Size(container) : PyList_Size(container)) != w->leaves) return 0;
+    if (!is_array && (is_dict ? PyDict_Size(container) : PyList_Size(container)) != w->leaves) return 0;
     Py_ssize_t position = 0;
     PyObject *key, *item;
     int64_t gap = 0;
     for (int64_t i = 0; i < w->leaves; ++i) {
         int64_t n = column * w->leaves + i;
         const record *r = &w->records[n];
-        if (!is_dict) item = PyList_GetItem(container, i);
+        if (is_array) item = container;
+        else if (!is_dict) item = PyList_GetItem(container, i);
         else if (!PyDict_Next(container, &position, &key, &item) || key != w->keys[n]) return 0;
         w->found[n] = item;
         if (column == GRADIENTS) {

@@ -216,6 +216,7 @@ class Plan:
         return PlainWatch(columns, table) if native is None else NativeWatch(native, columns, keys, table)
 
     def direct(self, watch: Watch, container: type) -> Direct | None:
-        if self._calls.keys() != {"update"} or not isinstance(watch, NativeWatch):
+        known = container in (dict, list, np.ndarray)
+        if not known or self._calls.keys() != {"update"} or not isinstance(watch, NativeWatch):
             return None
         return Direct(watch, container, self._inputs, self._calls["update"], self._elements)

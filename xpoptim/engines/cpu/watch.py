@@ -141,7 +141,8 @@ class Direct:
     """A whole step as one call: `NativeWatch.unchanged` for the containers themselves, not for lists of what they
     hold, and then the kernels.
 
-    ``container`` is the type of parameters and gradients, dict or list; ``inputs`` is what the kernels read from.
+    ``container`` is the type of parameters and gradients: dict, list, or ndarray for an array alone. ``inputs`` is
+    what the kernels read from.
     """
 
     def __init__(

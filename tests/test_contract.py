@@ -2933,7 +2933,7 @@ def test_what_is_no_container(params: Any) -> None:
 
 
 def test_a_hyperparameter_without_annotation() -> None:
-    with pytest.raises(xo.TraceError, match=r"annotate it: lr: float = \.\.\."):
+    with pytest.raises(xo.TraceError, match=r"annotate it: lr: xo.Hyper = \.\.\."):
 
         class Wrong(xo.Optimizer):
             lr = 0.01

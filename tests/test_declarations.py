@@ -323,3 +323,20 @@ def test_whatever_is_declared_is_taken(argument: tuple[str, str], data: st.DataO
             with pytest.raises(ValueError, match=field):
                 setattr(opt, field, beyond)
         assert getattr(opt, field) == value
+
+
+def test_a_default_under_a_misspelt_name_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"Mine has no hyperparameter 'wieght_decay'.*weight_decay.*annotate it"):
+
+        class Mine(xo.Adam):
+            wieght_decay = 0.3
+
+
+def test_constants_of_other_names_and_private_ones_are_the_classs_own() -> None:
+    class Mine(xo.Adam):
+        weight_decay = 0.1
+        rounds = 7
+        _lr = 1.0
+
+    assert Mine().weight_decay == 0.1
+    assert Mine.rounds == 7

@@ -114,6 +114,15 @@ def test_an_extension_that_cannot_be_loaded_is_warned_of() -> None:
     assert "undefined symbol" in reason
 
 
+def test_a_bad_setting_is_an_error_before_anything_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "_loaded", native._loaded.__wrapped__)
+    monkeypatch.setenv("XPOPTIM_NATIVE", "false")
+    params = [np.zeros(3)]
+    with pytest.raises(ValueError, match="XPOPTIM_NATIVE is 'false': set it to 0"):
+        xo.SGD().update(params, [np.ones(3)])
+    assert not params[0].any()
+
+
 @pytest.mark.smoke
 def test_explain_and_info_say_that_there_is_none() -> None:
     code = """

@@ -94,9 +94,10 @@ class Optimizer(Declaration, options=True, kw_only=True):
     Other Parameters
     ----------------
     weight_decay : float or schedule, default 0.0
-        L2 decay, at least 0: ``weight_decay*p`` is added to the gradient.
+        Decay towards zero, at least 0: ``weight_decay*p`` is added to the gradient (L2 decay), or, if ``decoupled``,
+        ``p *= 1 - lr*weight_decay`` comes ahead of the rule.
     decoupled : bool, default False
-        The decay is ``p *= 1 - lr*weight_decay`` ahead of the rule instead.
+        Which of the two the decay is.
     clip_norm : float, schedule or None, default None
         Above 0. Scale all gradients by ``min(1, clip_norm/norm)``, with their global L2 norm. A non-finite norm raises
         ``FloatingPointError`` before anything is written; so does one beyond about 1.3e154, whose square overflows

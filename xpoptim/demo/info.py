@@ -147,7 +147,7 @@ def step_on(xp: ModuleType, engine: Choice, arrays: str) -> str:
 
 def fused_cpu() -> str:
     load_llvmlite()
-    remark = f", {native.WITHOUT}: {native.missing()}" if native.missing() else ""
+    remark = f", {native.WITHOUT} ({native.missing()})" if native.missing() else ""
     return step_on(np, "fused", f"NumPy arrays{remark}")
 
 

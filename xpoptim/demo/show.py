@@ -36,7 +36,7 @@ def main_job(backend_name: str, seed: int, out: Path, steps: int) -> None:
     data = training.load_digits(backend.xp, seed)
     console.print(introduction(backend, data), highlight=False)
     if native.missing():
-        console.print(f"This runs {native.WITHOUT}: {native.missing()}.", highlight=False, markup=False)
+        console.print(f"This runs {native.WITHOUT} ({native.missing()}).", highlight=False, markup=False)
     with progress_of(console, steps) as reporter:
         results = []
         for entry in training.ENTRIES:

@@ -59,6 +59,7 @@ class Declaration:
             before, option = cls._declared.get(name, Hyperparameter()), options or name in cls._options
             own[name] = Hyperparameter.declared(kind, before, option=option, keyword_only=kw_only or option)
         cls._declared_here = own
+        cls._check_defaults()
         # In the order of dataclasses, and so of type checkers: what is declared again keeps its place.
         bases = [base for base in reversed(cls.__mro__) if issubclass(base, Declaration)]
         cls._declared = {name: declared for base in bases for name, declared in base._declared_here.items()}
@@ -75,6 +76,16 @@ class Declaration:
         cls._document()
         if "rule" in cls.__dict__:
             cls._takes = cls._inspect_rule()
+
+    @classmethod
+    def _check_defaults(cls) -> None:
+        """What looks like another default of a hyperparameter has to be one."""
+        for name, value in vars(cls).items():
+            known = {*cls._declared, *cls._declared_here, "fused"}
+            plain = isinstance(value, bool | int | float | str | None) and not name.startswith("_")
+            hint = habits.near(name, known) if plain and name not in known else ""
+            if hint:
+                raise TypeError(f"{cls.__name__} has no hyperparameter {name!r}{hint}; annotate it if it is a new one")
 
     @classmethod
     def _check_names(cls, fields: Set[str]) -> None:
@@ -151,7 +162,7 @@ class Declaration:
         for keyword in keywords:
             if keyword not in scalars:
                 known = ", ".join(sorted(scalars))
-                hint = f"; annotate it: {keyword}: float = ..." if hasattr(cls, keyword) else ""
+                hint = f"; annotate it: {keyword}: xo.Hyper = ..." if hasattr(cls, keyword) else ""
                 raise TraceError(
                     f"{name} takes {keyword!r}, which is no hyperparameter of {cls.__name__} (there are: {known}){hint}"
                 )

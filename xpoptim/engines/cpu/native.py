@@ -12,7 +12,7 @@ from typing import Protocol, cast
 from ..base import Columns
 
 _NOT_BUILT = (
-    "this is a source folder: what pip installs has it, pip install -e . puts it here"
+    "this is a source folder; what pip installs has it, and pip install -e . puts it here"
     if Path(__file__).with_name("native.c").exists()
     else "it was not built when xpoptim was installed, as where there is no C compiler, or on a free-threaded Python"
 )
@@ -40,7 +40,10 @@ class Extension(Protocol):
 @cache
 def _loaded() -> tuple[Extension | None, str]:
     """The module, or None and why."""
-    if os.environ.get("XPOPTIM_NATIVE", "").strip() == "0":
+    setting = os.environ.get("XPOPTIM_NATIVE", "").strip()
+    if setting not in ("", "0", "1"):
+        raise ValueError(f"XPOPTIM_NATIVE is {setting!r}: set it to 0 to run without the extension, or to 1")
+    if setting == "0":
         return None, "XPOPTIM_NATIVE is 0"
     try:
         return cast(Extension, import_module("._native", __package__)), ""

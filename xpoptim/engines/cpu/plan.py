@@ -98,7 +98,8 @@ class Plan:
 
     def __init__(self, traced: Traced, leaves: list[Leaf[np.ndarray]]) -> None:
         self.recipe = traced.recipe
-        threads.get_num_threads()  # a bad XPOPTIM_NUM_THREADS is an error now, before anything is written
+        threads.get_num_threads()  # a bad XPOPTIM_NUM_THREADS is an error now, before anything is written,
+        extension()  # and so is a bad XPOPTIM_NATIVE
         columns = 2 + len(self.recipe.slots)
         self._keys = [leaf.key for leaf in leaves]
         self._table = np.zeros((len(leaves), HEADER + columns), np.int64)

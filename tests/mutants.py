@@ -62,6 +62,18 @@ GENERATORS = ("xpoptim/codegen/",)  # every string in files of such a name is co
 # Survivors that change nothing that may be relied on: file, the old lines, the new lines, and why.
 EQUIVALENT: list[tuple[str, str, str, str]] = [
     (
+        "xpoptim/engines/cpu/plan.py",
+        "self._job = np.array([self._cursors_at, 0, table, rows, self.scalars_at, grain, total, sums], np.int64)",
+        "self._job = np.array([self._cursors_at, (-1), table, rows, self.scalars_at, grain, total, sums], np.int64)",
+        "whoever runs the job writes the number of workers there",
+    ),
+    (
+        "xpoptim/engines/cpu/plan.py",
+        "self._job = np.array([self._cursors_at, 0, table, rows, self.scalars_at, grain, total, sums], np.int64)",
+        "self._job = np.array([self._cursors_at, 1, table, rows, self.scalars_at, grain, total, sums], np.int64)",
+        "whoever runs the job writes the number of workers there",
+    ),
+    (
         "xpoptim/random.py",
         "PIECE_ON_HOST = 1 << 14",
         "PIECE_ON_HOST = 1 << 15",

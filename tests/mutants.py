@@ -62,6 +62,18 @@ GENERATORS = ("xpoptim/codegen/",)  # every string in files of such a name is co
 # Survivors that change nothing that may be relied on: file, the old lines, the new lines, and why.
 EQUIVALENT: list[tuple[str, str, str, str]] = [
     (
+        "xpoptim/random.py",
+        "piece = PIECE_ON_GPU if library.launches(device) else PIECE_ON_HOST",
+        "piece = PIECE_ON_GPU if not (library.launches(device)) else PIECE_ON_HOST",
+        "how many blocks are drawn at once changes the speed alone",
+    ),
+    (
+        "xpoptim/demo/training.py",
+        "rng = np.random.default_rng([seed, 1])",
+        "rng = np.random.default_rng([seed, 2])",
+        "which numbers the demo draws is a matter of taste, as long as they are others than those of the weights",
+    ),
+    (
         "xpoptim/engines/cpu/plan.py",
         "self._job = np.array([self._cursors_at, 0, table, rows, self.scalars_at, grain, total, sums], np.int64)",
         "self._job = np.array([self._cursors_at, (-1), table, rows, self.scalars_at, grain, total, sums], np.int64)",

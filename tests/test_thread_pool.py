@@ -212,7 +212,6 @@ assert perform(3) == 4
 def run_without_extension(code: str) -> str:
     """What the code prints in a process without the extension, in which every large job is shared with 3 helpers."""
     start = """
-import _thread
 import numpy as np, xpoptim as xo
 from xpoptim.engines.cpu import native, python_pool
 assert native.missing()
@@ -237,15 +236,15 @@ xo.set_num_threads(4)
 def test_where_python_starts_no_thread_the_caller_works_alone(error: str, text: str) -> None:
     run_without_extension(f"""
 import builtins
-start = _thread.start_new_thread
+start = python_pool.start_new_thread
 def refuse(*arguments):
     raise getattr(builtins, {error!r}, type({error!r}, (RuntimeError,), {{}}))({text!r})
-_thread.start_new_thread = refuse
+python_pool.start_new_thread = refuse
 opt, params, grads = xo.SGD(lr=1.0), [np.zeros({4 * LARGE}, np.float32)], [np.ones({4 * LARGE}, np.float32)]
 for _ in range(3):
     opt.update(params, grads)
 assert (params[0] == -3).all()
-_thread.start_new_thread = start
+python_pool.start_new_thread = start
 opt.update(params, grads)
 assert (params[0] == -4).all() and python_pool._helpers
 """)
@@ -261,12 +260,12 @@ def test_what_a_signal_handler_raises_while_a_thread_starts_is_raised_when_the_s
     run_without_extension(f"""
 class Timeout(RuntimeError):
     pass
-start = _thread.start_new_thread
+start = python_pool.start_new_thread
 def interrupted(*arguments):
     if {place == "after"}:
         start(*arguments)
     raise {raised}("a handler's")
-_thread.start_new_thread = interrupted
+python_pool.start_new_thread = interrupted
 opt, params, grads = xo.SGD(lr=1.0), [np.zeros({4 * LARGE}, np.float32)], [np.ones({4 * LARGE}, np.float32)]
 try:
     opt.update(params, grads)
@@ -274,7 +273,7 @@ except {raised}:
     assert opt.state["step"] == 1 and (params[0] == -1).all()
 else:
     raise SystemExit("swallowed")
-_thread.start_new_thread = start
+python_pool.start_new_thread = start
 for _ in range(49):
     opt.update(params, grads)
 assert (params[0] == -50).all()
@@ -318,19 +317,101 @@ class Stepping:
             other.update(theirs, ones)
             stepping.clear()
 
-start, serve = _thread.start_new_thread, python_pool._serve
+start, serve = python_pool.start_new_thread, python_pool._serve
 def starting(*arguments):
     Stepping()
     return start(*arguments)
 def serving(waiting):
     Stepping()
     serve(waiting)
-_thread.start_new_thread, python_pool._serve = starting, serving
+python_pool.start_new_thread, python_pool._serve = starting, serving
 for _ in range(20):
     xo.SGD(lr=1.0).update([np.zeros({8 * LARGE}, np.float32)], [np.ones({8 * LARGE}, np.float32)])
 print(other.state["step"] > 1, len(python_pool._helpers) >= 3)
 """)
     assert printed == "True True\n"
+
+
+def test_helpers_are_threads_as_they_were_when_their_queue_was_chosen() -> None:
+    """gevent can take the place of Python's threads at any time: greenlets would wait in real queues."""
+    run_without_extension(f"""
+import _thread
+def patched(function, arguments):
+    raise SystemExit("a greenlet that waits for ever")
+_thread.start_new_thread = patched
+opt, params = xo.SGD(lr=1.0), [np.zeros({4 * LARGE}, np.float32)]
+opt.update(params, [np.ones({4 * LARGE}, np.float32)])
+assert (params[0] == -1).all() and len(python_pool._helpers) == 3
+""")
+
+
+def test_where_no_thread_starts_nobody_is_invited() -> None:
+    run_without_extension(f"""
+def refuse(*arguments):
+    raise RuntimeError("can't start new thread")
+python_pool.start_new_thread = refuse
+opt, params, grads = xo.SGD(lr=1.0), [np.zeros({4 * LARGE}, np.float32)], [np.ones({4 * LARGE}, np.float32)]
+for _ in range(3):
+    opt.update(params, grads)
+assert (params[0] == -3).all() and python_pool._waiting.empty()
+""")
+
+
+def test_however_often_a_signal_handler_raises_helpers_are_waited_for() -> None:
+    run_without_extension("""
+import ctypes, signal, threading, time
+caller, begun, ended = threading.get_ident(), [], []
+@ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64)
+def run(job, worker):
+    if threading.get_ident() == caller:
+        while not begun:
+            pass
+        signal.setitimer(signal.ITIMER_REAL, 1e-3, 1e-3)
+    else:
+        begun.append(1)
+        time.sleep(0.1)
+        ended.append(1)
+def handler(number, frame):
+    if threading.current_thread() is threading.main_thread() and not ended:
+        raise TimeoutError
+signal.signal(signal.SIGALRM, handler)
+cursors = np.zeros(512, np.int64)
+job = np.array([cursors.ctypes.data, 0], np.int64)
+call = [0, 0, 0, ctypes.cast(run, ctypes.c_void_p).value, job.ctypes.data]
+try:
+    python_pool.perform(1, [call], ctypes.c_int64())
+except TimeoutError:
+    assert len(ended) == len(begun) == 1
+else:
+    raise SystemExit("swallowed")
+signal.setitimer(signal.ITIMER_REAL, 0)
+""")
+
+
+def test_however_often_a_signal_handler_raises_the_jobs_of_a_step_are_all_done() -> None:
+    run_without_extension(f"""
+import signal
+params = [np.zeros({2 * LARGE}, dtype) for dtype in (np.float32, np.float64, np.complex64, np.complex128)]
+opt, grads, raised = xo.SGD(lr=1.0), [np.ones_like(p) for p in params], []
+opt.update(params, grads)
+def handler(number, frame):
+    while frame is not None and frame.f_code is not python_pool.perform.__code__:
+        frame = frame.f_back
+    if frame is not None:
+        raised.append(1)
+        raise TimeoutError
+signal.signal(signal.SIGALRM, handler)
+signal.setitimer(signal.ITIMER_REAL, 3e-4, 3e-4)
+twice = 0
+while twice < 20:
+    raised.clear()
+    try:
+        opt.update(params, grads)
+    except TimeoutError:
+        twice += len(raised) > 1
+    assert all((p == -opt.state["step"]).all() for p in params), (params, opt.state["step"])
+signal.setitimer(signal.ITIMER_REAL, 0)
+""")
 
 
 @needs_fork

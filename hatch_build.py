@@ -17,12 +17,13 @@ from typing import Any
 import numpy
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 from setuptools import Distribution, Extension
+from setuptools.command.bdist_wheel import get_platform
 from setuptools.errors import CompileError, LinkError
 
 NAME = "xpoptim.engines.cpu._native"
 SOURCE = "xpoptim/engines/cpu/native.c"
-# What the extension takes for granted: without it there is no compiler to speak of.
-PROBE = "#include <Python.h>\n#include <pthread.h>\n#include <stdatomic.h>\nint PyInit_probe(void) { return 0; }\n"
+# What the extension takes for granted: without it there is no compiler to speak of. A C++ compiler has no _Atomic.
+PROBE = "#include <Python.h>\n#include <pthread.h>\n#include <stdatomic.h>\n_Atomic int PyInit_probe;\n"
 
 
 class CustomBuildHook(BuildHookInterface):
@@ -40,11 +41,15 @@ class CustomBuildHook(BuildHookInterface):
             return
         build_data["force_include"][str(built)] = str(Path(SOURCE).with_name(built.name))
         build_data["pure_python"] = False
-        platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
-        build_data["tag"] = f"cp311-abi3-{platform}"
+        build_data["tag"] = _tag(self._work)
 
     def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:
         shutil.rmtree(getattr(self, "_work", ""), ignore_errors=True)
+
+
+def _tag(built: str) -> str:
+    """Of a wheel with what was built there. For macOS 14.5 it says 14.0: pip takes no other."""
+    return f"cp311-abi3-{get_platform(built).replace('.', '_')}"
 
 
 def _unsupported() -> str:

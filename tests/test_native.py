@@ -1,6 +1,7 @@
 """The extension: its C under sanitizers, what it refuses, and that all works alike without it."""
 
 import copy
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -8,6 +9,7 @@ import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -91,6 +93,50 @@ def test_wrong_arguments_are_an_error(name: str, arguments: tuple[object, ...]) 
 def test_an_address_beyond_64_bits_is_an_error() -> None:
     with pytest.raises(OverflowError):
         native.extension().perform(0, 0, 0, 0, 2**64)  # type: ignore[union-attr]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The build
+
+
+@pytest.fixture
+def build(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """`hatch_build.py`, without hatchling, which is not where the tests run. Skipped without setuptools' wheels."""
+    pytest.importorskip("setuptools.command.bdist_wheel")
+    path = Path(__file__).parents[1] / "hatch_build.py"
+    if not path.is_file():
+        pytest.skip("the build's own file is not here, but an installed package alone")
+    interface = ModuleType("interface")
+    interface.BuildHookInterface = object  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "hatchling.builders.hooks.plugin.interface", interface)
+    spec = importlib.util.spec_from_file_location("hatch_build", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("platform", "expected"),
+    [
+        ("macosx-14.5-arm64", "macosx_14_0_arm64"),  # as of a Python that was compiled there
+        ("macosx-14-arm64", "macosx_14_0_arm64"),
+        ("macosx-10.13-x86_64", "macosx_10_13_x86_64"),
+        ("linux-x86_64", "linux_x86_64"),
+    ],
+)
+def test_a_wheel_has_a_tag_that_pip_takes(
+    platform: str, expected: str, build: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("sysconfig.get_platform", lambda: platform)
+    assert build._tag(str(tmp_path)) == f"cp311-abi3-{expected}"
+
+
+@pytest.mark.parametrize("compiler", ["false", "/none", "", "g++"])
+def test_what_is_no_c_compiler_is_none(compiler: str, build: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", compiler)
+    assert "no C11 compiler" in build._no_compiler()
 
 
 def loaded(error: Exception) -> tuple[object, str]:

@@ -83,6 +83,35 @@ def test_the_refusals_of_the_package_name_range_and_switch() -> None:
         assert str(info.value) == words
 
 
+@pytest.mark.parametrize(
+    ("limits", "words"),
+    [
+        ([Ge("a")], "its limits are numbers"),  # type: ignore[arg-type]
+        ([Interval(ge=math.nan)], "its limits are numbers"),
+        ([Ge], "its limits are numbers"),
+        ([Ge(2), Lt(1)], "no number is at least 2 and below 1"),
+        ([Gt(math.inf)], "no number is above inf"),
+        ([MultipleOf(2)], "is no range"),
+    ],
+)
+def test_a_range_that_is_none_is_refused_where_it_is_declared(limits: list[object], words: str) -> None:
+    fields = {"__annotations__": {"rho": Annotated[(xo.Hyper, *limits)]}, "rho": 1.0}
+    with pytest.raises(TypeError, match=rf"^Mine\.rho: .*{words}"):
+        type("Mine", (xo.SGD,), fields)
+
+
+def test_a_field_without_default_behind_one_with_a_default_is_named() -> None:
+    with pytest.raises(TypeError, match=r"^Mine\.rho has no default, but comes behind lr, .*kw_only=True"):
+
+        class Mine(xo.SGD):
+            rho: float
+
+    class Other(xo.SGD, kw_only=True):
+        rho: float
+
+    assert Other(rho=1.0).rho == 1.0  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize("wrong", [MultipleOf(2), Predicate(math.isfinite)], ids=["multiple", "predicate"])
 def test_metadata_that_would_not_be_checked_is_refused(wrong: object) -> None:
     with pytest.raises(TypeError, match="Ge, Gt, Le, Lt or Interval of annotated-types"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Mapping, Set
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar, Self, dataclass_transform
 
 from ..arrays.types import Array
@@ -57,7 +58,10 @@ class Declaration:
         own = {}
         for name, kind in resolved(cls, annotations).items():
             before, option = cls._declared.get(name, Hyperparameter()), options or name in cls._options
-            own[name] = Hyperparameter.declared(kind, before, option=option, keyword_only=kw_only or option)
+            try:
+                own[name] = Hyperparameter.declared(kind, before, option=option, keyword_only=kw_only or option)
+            except TypeError as error:
+                raise TypeError(f"{cls.__name__}.{name}: {error}") from None
         cls._declared_here = own
         cls._check_defaults()
         # In the order of dataclasses, and so of type checkers: what is declared again keeps its place.
@@ -106,7 +110,14 @@ class Declaration:
             return inspect.Parameter(name, kind, default=getattr(cls, name, inspect.Parameter.empty))
 
         names = sorted((*cls._hyperparameters, *cls._options), key=lambda name: cls._declared[name].keyword_only)
-        return inspect.Signature([parameter(name, cls._declared[name].keyword_only) for name in names])
+        parameters = [parameter(name, cls._declared[name].keyword_only) for name in names]
+        for before, one in pairwise(one for one in parameters if one.kind is not one.KEYWORD_ONLY):
+            if one.default is one.empty is not before.default:
+                raise TypeError(
+                    f"{cls.__name__}.{one.name} has no default, but comes behind {before.name}, which has one: "
+                    "give it one, or declare the class with kw_only=True"
+                )
+        return inspect.Signature(parameters)
 
     @classmethod
     def _document(cls) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from numbers import Real
 from types import NoneType
 from typing import Annotated, Any, Literal, NamedTuple, TypeAlias, get_args, get_origin
 
@@ -64,6 +65,8 @@ class Hyperparameter(NamedTuple):
             math.nextafter(limit, -math.inf) if kind == "lt" else limit for kind, limit in bounds if kind[0] == "l"
         ]
         low, high = max(lows, default=cls().low), min(highs, default=cls().high)
+        if low > high:
+            raise TypeError(f"no number is {_allowed(bounds)}")
         return cls(choices, bounds, low, high, optional, keyword_only)
 
     def checked(self, owner: str, name: str, value: object) -> object:
@@ -104,10 +107,14 @@ class Hyperparameter(NamedTuple):
         number = _as_float(owner, name, value)
         if self.low <= number <= self.high:
             return number
-        allowed = " and ".join(f"{_WORDS[kind]} {limit}" for kind, limit in self.bounds if math.isfinite(limit))
+        allowed = _allowed((kind, limit) for kind, limit in self.bounds if math.isfinite(limit))
         hint = " (None switches it off)" if self.optional else ""
         must = f"{allowed}{hint}" if math.isfinite(number) else "finite"
         raise ValueError(f"{owner}: {name} is {number}: it must be {must}")
+
+
+def _allowed(bounds: Iterable[tuple[str, float]]) -> str:
+    return " and ".join(f"{_WORDS[kind]} {limit}" for kind, limit in bounds)
 
 
 def _choices(kind: object) -> tuple[object, ...]:
@@ -121,6 +128,8 @@ def _bounds(metadata: Iterable[Any]) -> Iterator[tuple[str, float]]:
             own = list(_bounds(given))
         if not own and (hasattr(given, "func") or hasattr(given, "multiple_of")):
             raise TypeError(f"{given!r} is no range: it is declared by Ge, Gt, Le, Lt or Interval of annotated-types")
+        if not all(isinstance(limit, Real) and limit == limit for _, limit in own):
+            raise TypeError(f"{given!r} is no range: its limits are numbers")
         yield from own
 
 

@@ -68,8 +68,8 @@ lint() {
     ruff check .
     ruff format --check .
     mypy
-    pip install -q '.[typing]'
-    tests tests/test_types.py
+    pip install -q '.[typing]' 'setuptools>=77'
+    tests tests/test_types.py tests/test_native.py
     shellcheck .ci/* benchmarks/*.sh tests/*.sh tests/native/*.sh
     check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
     cc -fsyntax-only -std=c11 -Wall -Wextra -Werror -Wno-missing-field-initializers xpoptim/engines/cpu/native.c \
@@ -111,11 +111,12 @@ refused() {
     echo "$1 is an error"
 }
 
-# The look at arrays with AddressSanitizer in the extension, which has to be there before Python is.
+# The look at arrays with sanitizers in the extension, of which AddressSanitizer has to be there before Python is.
 sanitized() {
-    heading "the extension under AddressSanitizer"
+    heading "the extension under AddressSanitizer and UndefinedBehaviorSanitizer"
     fresh python3
-    CFLAGS='-fsanitize=address -fno-omit-frame-pointer -g' LDFLAGS=-fsanitize=address pip install -q '.[test]'
+    CFLAGS='-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g' \
+        LDFLAGS=-fsanitize=address,undefined pip install -q '.[test]'
     LD_PRELOAD=$(cc -print-file-name=libasan.so) PYTHONMALLOC=malloc ASAN_OPTIONS=detect_leaks=0 \
         tests tests/test_native.py tests/test_thread_pool.py -k 'not sanitizers and not refuses_threads'
 }

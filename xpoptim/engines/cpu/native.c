@@ -24,8 +24,9 @@ enum { MOST_WORKERS = 64, CACHE_LINE = 64, SPINS = 1000 };
 enum { ASLEEP, AWAKE, POSTED, WORKING }; /* states of a helper */
 enum { FREE, TAKEN };                    /* whether a caller has it */
 
-typedef struct { _Alignas(CACHE_LINE) _Atomic int64_t next; } cursor; /* how far a worker has come in its share */
-typedef struct { cursor *cursors; int64_t workers; } job;             /* how every job begins */
+/* How far a worker has come in its share, a cache line from the others. */
+typedef struct { _Atomic int64_t next; char apart[CACHE_LINE - sizeof(int64_t)]; } cursor;
+typedef struct { cursor *cursors; int64_t workers; } job; /* how every job begins */
 typedef void run_function(job *, int64_t worker);
 typedef struct { void (*prologue)(void *, void *); void *inputs, *scalars; run_function *run; job *job; } call;
 

@@ -8,8 +8,7 @@ case goes on to the kernels in the same call (`Direct`). Any difference sends th
 from __future__ import annotations
 
 import ctypes
-from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
@@ -55,55 +54,62 @@ def _spans(columns: Columns) -> list[tuple[int, int]]:
 
 
 class PlainWatch:
-    """Looks at the arrays from Python."""
+    """Looks at the arrays from Python, column by column: a call for each array would take as long as the look."""
 
     def __init__(self, columns: Columns, table: Table) -> None:
         self._written = [_looks(column) for j, column in enumerate(columns) if j != _GRADIENTS]
-        self._gradients = [None if g is None else _layout(g) for g in columns[_GRADIENTS]]
+        self._layouts = [None if g is None else _layout(g) for g in columns[_GRADIENTS]]
+        self._bytes = np.array([0 if g is None else g.nbytes for g in columns[_GRADIENTS]])
         spans = _spans(columns)
-        self._starts, self._ends = [start for start, _ in spans], [end for _, end in spans]
+        self._starts = np.array([*(start for start, _ in spans), np.iinfo(np.int64).max])  # behind all there is room
+        self._ends = np.array([end for _, end in spans], np.int64)
         self._table, self._rows, self._lengths = table.memory, np.array(table.rows), np.array(table.lengths)
         self._read = np.array([leaf not in table.copied for leaf in range(len(table.rows))])
 
     def unchanged(self, columns: Columns) -> bool:
         written = [column for j, column in enumerate(columns) if j != _GRADIENTS]
-        if any(kind is not np.ndarray for column in written for kind in set(map(type, column))):
+        if not all(map(_are_arrays, written)) or [_looks(column) for column in written] != self._written:
             return False
-        if [_looks(column) for column in written] != self._written:
+        leaves = [leaf for leaf, g in enumerate(columns[_GRADIENTS]) if g is not None]
+        gradients = [columns[_GRADIENTS][leaf] for leaf in leaves]
+        if not _are_arrays(gradients) or [*map(_layout, gradients)] != [self._layouts[leaf] for leaf in leaves]:
             return False
-        places = [*map(self._place, columns[_GRADIENTS], self._gradients)]
-        if -1 in places:
+        starts = np.array([p if isinstance(p, int) else p[0] for p in _places(gradients)], np.int64)
+        behind = np.searchsorted(self._ends, starts, "right")
+        if (self._starts[behind] < starts + self._bytes[leaves]).any():
             return False
-        addresses = np.array(places)
-        moved = self._read & (addresses != 0)
-        self._table[self._rows, 0] = np.where(addresses != 0, self._lengths, 0)
-        self._table[self._rows[moved], HEADER + _GRADIENTS] = addresses[moved]
+        moved = self._read[leaves]
+        self._table[self._rows, 0] = 0
+        self._table[self._rows[leaves], 0] = self._lengths[leaves]
+        self._table[self._rows[leaves][moved], HEADER + _GRADIENTS] = starts[moved]
         return True
-
-    def _place(self, g: object, layout: object) -> int:
-        """The address of a gradient: 0 for None, -1 if it has changed or lies where something is written."""
-        if g is None:
-            return 0
-        if type(g) is not np.ndarray or _layout(g) != layout:
-            return -1
-        start = _address(g)
-        behind = bisect_right(self._ends, start)
-        return -1 if behind < len(self._ends) and self._starts[behind] < start + g.nbytes else start
 
 
 _layout = attrgetter("dtype", "shape", "strides")
-_flags = attrgetter("flags.writeable")
+_addressof, _from_buffer = ctypes.addressof, ctypes.c_char.from_buffer
+
+
+def _are_arrays(column: list[object]) -> bool:
+    return {*map(type, column)} <= {np.ndarray}
 
 
 def _looks(column: list[np.ndarray]) -> list[list[object]]:
-    return [[*map(look, column)] for look in (_layout, _flags, _address)]
+    return [[*map(_layout, column)], [*_places(column)]]
 
 
-def _address(array: Any) -> int:
+def _places(column: list[Any]) -> Sequence[int | tuple[int, bool]]:
+    """The addresses; where not all are writable arrays in C order whose dtypes have buffers, some with "read-only"."""
     try:
-        return ctypes.addressof(ctypes.c_char.from_buffer(array))  # in a third of the time
-    except (TypeError, ValueError):  # read-only, not in C order, empty, or of a dtype that no buffer has
-        return int(array.__array_interface__["data"][0])
+        return [*map(_addressof, map(_from_buffer, column))]
+    except (TypeError, ValueError):
+        return [*map(_place, column)]
+
+
+def _place(array: Any) -> int | tuple[int, bool]:
+    try:
+        return _addressof(_from_buffer(array))  # in a third of the time
+    except (TypeError, ValueError):
+        return array.__array_interface__["data"]
 
 
 class NativeWatch:

@@ -6,8 +6,6 @@ It is traced, and the engines get what was traced: `Traced`.
 from __future__ import annotations
 
 import inspect
-import signal
-import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -146,6 +144,9 @@ def _as_argument(value: Value, name: str) -> Value:
 
 def _of_signal_handler(error: Exception) -> bool:
     """Whether a Python signal handler raised it: that says nothing of the rule that happened to run."""
+    import signal  # only errors need them
+    import traceback
+
     handlers = filter(callable, map(signal.getsignal, signal.valid_signals()))
     codes = {
         getattr(handler, "__code__", None) or getattr(type(handler).__call__, "__code__", None) for handler in handlers
